@@ -1,0 +1,145 @@
+"""The language model: embedding, residual blocks, final norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from quamba.formats.activation import Activation
+from quamba.models.cache import LayerCache, MambaCache
+from quamba.models.config import MambaConfig, ModelConfig
+from quamba.models.mamba1 import MambaMixer
+from quamba.models.mamba2 import Mamba2Mixer
+from quamba.modules.embedding import Embedding
+from quamba.modules.leaf import Leaf
+from quamba.modules.linear import Linear
+from quamba.modules.norm import AddNorm
+
+
+class Block(nn.Module):
+    """Add the residual, normalise, mix. The sum of the last block is left to the next norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = _residual_norm(config)
+        self.mixer = MambaMixer(config) if isinstance(config, MambaConfig) else Mamba2Mixer(config)
+
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, cache: LayerCache | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        normed, residual = self.norm(hidden, residual)
+        return self.mixer(normed, cache, mask), residual
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedding = Embedding(config.padded_vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm_f = _residual_norm(config)
+
+    def forward(self, ids: Tensor, cache: MambaCache | None, mask: Tensor | None) -> Activation:
+        hidden, residual = self.embedding(ids), None
+        for i, layer in enumerate(self.layers):
+            hidden, residual = layer(hidden, residual, cache and cache.layers[i], mask)
+        return self.norm_f(hidden, residual)[0]
+
+
+class MambaLM(nn.Module):
+    """A Mamba or Mamba-2 language model in any precision; which one is in the leaves.
+
+    Built on the meta device by ``empty``; ``load_tensors`` fills it.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.lm_head = Linear(config.d_model, config.padded_vocab_size)
+        self.tied = config.tie_embeddings
+        if self.tied:
+            self.lm_head.weight = self.backbone.embedding.weight
+
+    @classmethod
+    def empty(cls, config: ModelConfig) -> MambaLM:
+        with torch.device("meta"):
+            return cls(config).eval()
+
+    @classmethod
+    def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> MambaLM:
+        """A float model around the given tensors (names: docs/architecture.md), without copying them."""
+        model = cls.empty(config)
+        model.load_tensors(tensors)
+        return model
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Assign every parameter and buffer; names must match exactly (no lm_head.weight when tied)."""
+        tensors = dict(tensors)
+        if self.tied:
+            tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
+        self.load_state_dict(tensors, strict=True, assign=True)
+        self.requires_grad_(False)
+        if self.tied:
+            self.lm_head.weight = self.backbone.embedding.weight
+
+    def untie(self) -> None:
+        """Give the head its own copy of the embedding table, as rotation and quantization need."""
+        if self.tied:
+            self.lm_head.weight = nn.Parameter(self.backbone.embedding.weight.detach().clone(), requires_grad=False)
+            self.tied = False
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Every parameter and buffer under its saved name; a tied head is left out."""
+        tensors = self.state_dict()
+        if self.tied:
+            tensors.pop("lm_head.weight")
+        return tensors
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.layers[0].mixer.ssm.A_log.device
+
+    def forward(
+        self, ids: Tensor, cache: MambaCache | None = None, mask: Tensor | None = None, *, last_only: bool = False
+    ) -> Tensor:
+        """ids (B, L) int64 -> logits (B, L, padded_vocab) float; (B, 1, padded_vocab) with last_only.
+
+        cache  read and advanced by L tokens, so that a prompt and single tokens go one way
+        mask   (B, L) bool, False at left padding; only with an empty cache
+        """
+        hidden = self.backbone(ids, cache, mask)
+        if last_only:
+            hidden = _last_token(hidden)
+        return self.lm_head(hidden)
+
+    def new_cache(self, batch: int) -> MambaCache:
+        return MambaCache([layer.mixer.new_cache(batch, self.device) for layer in self.backbone.layers])
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> MambaLM:
+        """Floats between leaves, and float weights of projections, in ``dtype``.
+
+        Norm weights and the recurrence's A_log, D and dt_bias keep float32 (float64 if dtype is).
+        """
+        for module in self.modules():
+            if isinstance(module, Leaf):
+                module.compute_dtype = dtype
+        for name, parameter in self.named_parameters():
+            keep = ".ssm." in name or "norm" in name
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            parameter.data = parameter.data.to(wide if keep else dtype)
+        return self
+
+
+def _residual_norm(config: ModelConfig) -> AddNorm:
+    return AddNorm(
+        config.d_model,
+        config.norm_eps,
+        layer_norm=not config.rms_norm,
+        residual_in_fp32=config.residual_in_fp32,
+    )
+
+
+def _last_token(x: Activation) -> Activation:
+    return x._replace(codes=x.codes[:, -1:]) if not isinstance(x, Tensor) else x[:, -1:]

@@ -1,0 +1,45 @@
+"""The causal depthwise convolution with its cached window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quamba.formats.activation import Activation
+from quamba.formats.weight import QuantizedWeight
+from quamba.modules.leaf import Leaf, parameter_or_empty
+
+
+class CausalConv1d(Leaf):
+    """(B, L, channels) -> silu(conv), same shape; ``weight`` (channels, d_conv).
+
+    state_dtype  what the cached window holds: torch.int8 behind an int8 projection, or None for
+                 floats of compute_dtype
+    """
+
+    weight: nn.Parameter | QuantizedWeight
+    bias: nn.Parameter | None
+
+    def __init__(self, channels: int, width: int, bias: bool) -> None:
+        super().__init__()
+        self.channels, self.width = channels, width
+        self.weight = parameter_or_empty(channels, width)
+        self.bias = parameter_or_empty(channels) if bias else None
+        self.state_dtype: torch.dtype | None = None
+
+    def new_state(self, batch: int, device: torch.device | str) -> Tensor:
+        dtype = self.state_dtype or self.compute_dtype
+        return torch.zeros(batch, self.width - 1, self.channels, dtype=dtype, device=device)
+
+    def forward(self, x: Activation, state: Tensor | None, mask: Tensor | None) -> Activation:
+        """``state`` (B, d_conv - 1, channels) is read and then overwritten with the last inputs."""
+        y = self.kernels.causal_conv1d(
+            x,
+            self.weight,
+            self.bias,
+            state=state,
+            mask=mask,
+            out_scale=self.out_scale,
+            out_dtype=self.compute_dtype,
+        )
+        return self.give(y)

@@ -1,0 +1,115 @@
+"""The state space recurrences with their cached state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quamba.formats.activation import Activation, Quantized, shape_of
+from quamba.modules.leaf import Leaf, parameter_or_empty
+
+
+class Recurrence(Leaf):
+    """Parameters A_log, D, dt_bias and the format of the cached state.
+
+    state_shape  of one sequence: channels (in one or two dimensions), then d_state
+    state_dtype  torch.int8, torch.float16 or torch.float32 (float64 models keep float64)
+    state_scale  (K, N) or (K, 1) float32 for int8 states: one a channel group (and state index)
+    state_group  (d_inner,) int32: the group of each channel; None when K = 1
+    """
+
+    state_scale: Tensor | None
+    state_group: Tensor | None
+
+    def __init__(self, state_shape: tuple[int, ...], A_shape: tuple[int, ...], n_D: int) -> None:
+        super().__init__()
+        self.state_shape = state_shape
+        self.A_log = parameter_or_empty(*A_shape)
+        self.D = parameter_or_empty(n_D)
+        self.dt_bias = parameter_or_empty(A_shape[0])
+        self.register_buffer("state_scale", None)
+        self.register_buffer("state_group", None)
+        self.state_dtype = torch.float32
+
+    def new_state(self, batch: int, device: torch.device | str) -> Tensor:
+        dtype = torch.float64 if self.A_log.dtype == torch.float64 else self.state_dtype
+        return torch.zeros(batch, *self.state_shape, dtype=dtype, device=device)
+
+    def scale_like_state(self) -> Tensor | None:
+        """state_scale spread over the channels, broadcastable to the state."""
+        if self.state_scale is None or self.state_group is None:
+            return self.state_scale
+        return self.state_scale[self.state_group.long()].view(*self.state_shape[:-1], -1)
+
+
+class SelectiveScan(Recurrence):
+    """Mamba1: (u, dt, B, C, z) -> y (B, L, d_inner) (``kernels/reference/selective_scan.py``)."""
+
+    def __init__(self, d_inner: int, d_state: int) -> None:
+        super().__init__((d_inner, d_state), (d_inner, d_state), d_inner)
+
+    def forward(
+        self,
+        u: Activation,
+        dt: Activation,
+        B: Activation,
+        C: Activation,
+        z: Activation,
+        state: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """``state`` (B, d_inner, d_state) is read and then overwritten with the final state."""
+        A = -torch.exp(self.A_log)
+        carried = {"state": state, "state_scale": self.scale_like_state(), "out_dtype": self.compute_dtype}
+        if is_step(u, state, mask):
+            u, dt, B, C, z = (only_token(t) for t in (u, dt, B, C, z))
+            y = self.kernels.selective_scan_step(u, dt, A, B, C, self.D, z, self.dt_bias, **carried)
+            return y[:, None]
+        return self.kernels.selective_scan(u, dt, A, B, C, self.D, z, self.dt_bias, mask=mask, **carried)
+
+
+class SSD(Recurrence):
+    """Mamba2: (x, dt, B, C) -> y (B, L, nheads * headdim) (``kernels/reference/ssd.py``)."""
+
+    def __init__(
+        self,
+        nheads: int,
+        headdim: int,
+        d_state: int,
+        *,
+        ngroups: int,
+        chunk_size: int,
+        dt_limit: tuple[float, float],
+        D_has_hdim: bool,
+    ) -> None:
+        super().__init__((nheads, headdim, d_state), (nheads,), nheads * headdim if D_has_hdim else nheads)
+        self.chunk_size = chunk_size
+        self.sizes = {"headdim": headdim, "ngroups": ngroups, "dt_limit": dt_limit}
+
+    def forward(
+        self,
+        x: Activation,
+        dt: Activation,
+        B: Activation,
+        C: Activation,
+        state: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """``state`` (B, nheads, headdim, d_state) is read and then overwritten with the final state."""
+        A = -torch.exp(self.A_log)
+        carried = {"state": state, "state_scale": self.scale_like_state(), "out_dtype": self.compute_dtype}
+        if is_step(x, state, mask):
+            x, dt, B, C = (only_token(t) for t in (x, dt, B, C))
+            y = self.kernels.ssd_step(x, dt, A, B, C, self.D, self.dt_bias, **self.sizes, **carried)
+            return y[:, None]
+        return self.kernels.ssd_scan(
+            x, dt, A, B, C, self.D, self.dt_bias, chunk_size=self.chunk_size, mask=mask, **self.sizes, **carried
+        )
+
+
+def is_step(x: Activation, state: Tensor | None, mask: Tensor | None) -> bool:
+    return state is not None and mask is None and shape_of(x)[1] == 1
+
+
+def only_token(x: Activation) -> Activation:
+    return Quantized(x.codes[:, 0], x.scale) if isinstance(x, Quantized) else x[:, 0]
