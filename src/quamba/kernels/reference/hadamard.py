@@ -38,7 +38,7 @@ def hadamard(x: torch.Tensor, transpose: bool = False) -> torch.Tensor:
         else:
             y = factor @ y.reshape(outer, size, inner)
         inner *= size
-    return (y * n**-0.5).reshape(x.shape).to(x.dtype)
+    return y.mul_(n**-0.5).reshape(x.shape).to(x.dtype)
 
 
 @functools.lru_cache(maxsize=128)
