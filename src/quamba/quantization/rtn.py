@@ -1,0 +1,144 @@
+"""Round to nearest: choose scales, divide, round.
+
+The scales of a matrix ``[N, K]`` are chosen first and rounded to the dtype they are stored in, so the codes
+are computed with the very numbers that will dequantize them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quamba.errors import QuambaError
+from quamba.formats.weight import QuantizedWeight, WeightFormat, apply_scale
+
+# Scale candidates relative to absmax_scale. Below 0.4 a group of 128 Gaussian weights loses more to clipping
+# than it can gain; a little above 1 can help because the grid then lands better.
+SHRINK_FACTORS = tuple(round(0.40 + 0.03 * i, 2) for i in range(23))
+_REFITS = 3
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def round_to_nearest(
+    weight: Tensor, format: WeightFormat, *, scale: Tensor | None = None, importance: Tensor | None = None
+) -> QuantizedWeight:
+    """``code = clamp(round_half_even(weight / scale), qmin, qmax)``
+
+    weight      [N, K] float, finite
+    scale       in the stored shape and dtype, positive; by default ``absmax_scale``, or ``mse_scale`` if
+                importance is given
+    importance  [K] float, weight of a column's squared error in the choice of scales
+    Raises QuambaError for non-finite weights and shapes that the format does not fit.
+    """
+    if scale is None:
+        scale = absmax_scale(weight, format) if importance is None else mse_scale(weight, format, importance)
+    return QuantizedWeight.from_codes(round_codes(weight, scale, format), scale, format)
+
+
+def round_codes(weight: Tensor, scale: Tensor, format: WeightFormat) -> Tensor:
+    """The codes of ``round_to_nearest``: int8 [N, K], in float64 if the weight is, else in float32."""
+    weight = _as_working_dtype(weight)
+    full_scale = apply_scale(torch.ones_like(weight), scale, weight.dtype)
+    return torch.round(weight / full_scale).clamp_(format.qmin, format.qmax).to(torch.int8)
+
+
+def absmax_scale(weight: Tensor, format: WeightFormat) -> Tensor:
+    """The finest scale at which no weight errs by more than half a step.
+
+    8 bits: ``max|w| / 127``.  4 bits: ``max(max(w) / 7.5, -min(w) / 8.5)``, since the codes are [-8, 7]
+    and the outermost weights may lie half a step beyond them.
+
+    weight   [N, K] float
+    returns  stored shape and dtype of the format's scales, positive
+    """
+    groups = as_groups(weight, format)
+    _require_finite(weight)
+    low, high = groups.amin(-1), groups.amax(-1)
+    if format.bits == 4:
+        scale = torch.maximum(high / (format.qmax + 0.5), low / (format.qmin - 0.5))
+    else:
+        scale = torch.maximum(high, -low) / format.qmax
+    return store_scale(scale, format)
+
+
+def mse_scale(weight: Tensor, format: WeightFormat, importance: Tensor | None = None) -> Tensor:
+    """Per group, the scale s of least ``sum_k importance_k * (w_k - s * code_k(s))^2``.
+
+    Search: ``SHRINK_FACTORS`` times ``absmax_scale``, then a few rounds of the least-squares scale for the
+    codes found, kept where it is better. Never worse than ``absmax_scale``.
+
+    weight      [N, K] float
+    importance  [K] float >= 0, for example the diagonal of the Hessian; equal weights by default
+    returns     stored shape and dtype of the format's scales, positive
+    """
+    start = absmax_scale(weight, format)
+    groups = as_groups(weight, format)
+    if importance is None:
+        importance = weight.new_ones(weight.shape[1])
+    members = importance.to(groups)
+    members = members.repeat(weight.shape[0]) if format.granularity == "tensor" else members
+    members = members.view(1, *groups.shape[1:])
+    rows = max(1, _CHUNK_ELEMENTS // groups[0].numel())
+    return torch.cat(
+        [_search(w, s, members, format) for w, s in zip(groups.split(rows), start.split(rows), strict=True)]
+    )
+
+
+def _search(groups: Tensor, start: Tensor, importance: Tensor, format: WeightFormat) -> Tensor:
+    """``mse_scale`` for some rows: groups [n, G, width], start [n, G] stored dtype."""
+    best, best_error = start, torch.full_like(start, torch.inf, dtype=groups.dtype)
+
+    def consider(candidate: Tensor) -> Tensor:
+        nonlocal best, best_error
+        step = candidate.to(groups.dtype)[..., None]
+        codes = torch.round(groups / step).clamp_(format.qmin, format.qmax)
+        error = ((groups - step * codes).square_() * importance).sum(-1)
+        better = error < best_error
+        best, best_error = torch.where(better, candidate, best), torch.where(better, error, best_error)
+        return codes
+
+    consider(start)
+    for factor in SHRINK_FACTORS:
+        consider(store_scale(start.to(groups.dtype) * factor, format))
+    codes = consider(best)
+    for _ in range(_REFITS):
+        fitted = (importance * groups * codes).sum(-1) / (importance * codes.square()).sum(-1)
+        fitted = torch.where(fitted.isfinite() & (fitted > 0), fitted, best.to(groups.dtype))
+        codes = consider(store_scale(fitted, format))
+    return best
+
+
+def as_groups(weight: Tensor, format: WeightFormat) -> Tensor:
+    """View whose last dimension holds the weights that share a scale; the first two are the scale's shape.
+
+    weight   [N, K] float
+    returns  [1, 1, N * K], [N, 1, K] or [N, G, group_size]; float64 stays, all else becomes float32
+    """
+    weight = _as_working_dtype(weight)
+    if format.granularity == "tensor":
+        return weight.reshape(1, 1, -1)
+    rows, columns = weight.shape
+    return weight.reshape(rows, format.n_groups(columns), format.group_width(columns))
+
+
+def store_scale(scale: Tensor, format: WeightFormat) -> Tensor:
+    """Round to the dtype scales are stored in, and up to the smallest positive number there.
+
+    Raises QuambaError if a scale is too large for it.
+    """
+    stored = scale.clamp(min=format.smallest_scale).to(format.scale_dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise QuambaError(
+            f"A weight needs the scale {float(scale.max()):.3g}, more than {format.scale_dtype} can hold; "
+            "use granularity 'channel', whose scales are float32."
+        )
+    return stored
+
+
+def _require_finite(weight: Tensor) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise QuambaError("A weight to be quantized holds NaN or infinity, expected finite numbers.")
+
+
+def _as_working_dtype(weight: Tensor) -> Tensor:
+    return weight if weight.dtype == torch.float64 else weight.float()
