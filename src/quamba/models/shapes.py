@@ -16,13 +16,19 @@ def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     mixer = _mamba2_mixer(config) if isinstance(config, Mamba2Config) else _mamba1_mixer(config)
     shapes: dict[str, Shape] = {"backbone.embedding.weight": table}
     for layer in range(config.n_layer):
-        shapes[f"backbone.layers.{layer}.norm.weight"] = (config.d_model,)
+        shapes.update(_norm(f"backbone.layers.{layer}.norm", config))
         for name, shape in mixer.items():
             shapes[f"backbone.layers.{layer}.mixer.{name}"] = shape
-    shapes["backbone.norm_f.weight"] = (config.d_model,)
+    shapes.update(_norm("backbone.norm_f", config))
     if not config.tie_embeddings:
         shapes["lm_head.weight"] = table
     return shapes
+
+
+def _norm(name: str, config: ModelConfig) -> dict[str, Shape]:
+    """A LayerNorm (``rms_norm`` false) has a bias, an RMSNorm none."""
+    leaves = ("weight",) if config.rms_norm else ("weight", "bias")
+    return {f"{name}.{leaf}": (config.d_model,) for leaf in leaves}
 
 
 def _mamba1_mixer(config: MambaConfig) -> dict[str, Shape]:
