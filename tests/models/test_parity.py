@@ -50,7 +50,9 @@ def _hf_twin(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> torch.nn.
         )
     else:
         model = transformers.MambaForCausalLM(
-            transformers.MambaConfig(**common, time_step_rank=config.dt_rank, intermediate_size=config.d_inner)
+            transformers.MambaConfig(
+                **common, time_step_rank=config.dt_rank, intermediate_size=config.d_inner
+            )
         )
     state = {}
     for name, value in tensors.items():

@@ -42,6 +42,11 @@ def split(x: Activation, sizes: Sequence[int]) -> list[Activation]:
     return list(x.split(list(sizes), dim=-1))
 
 
+def with_one_scale(x: Activation) -> Activation:
+    """Codes whose channels are known to share a scale, with that scale as a scalar."""
+    return Quantized(x.codes, x.scale[0]) if isinstance(x, Quantized) and x.scale.ndim else x
+
+
 def rows(x: Activation, start: int, stop: int, dim: int) -> Activation:
     """The slice [start, stop) along a dimension other than the last."""
     if isinstance(x, Quantized):

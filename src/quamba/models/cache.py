@@ -27,7 +27,9 @@ class MambaCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in (layer.conv_state, layer.ssm_state))
+        return sum(
+            t.numel() * t.element_size() for layer in self.layers for t in (layer.conv_state, layer.ssm_state)
+        )
 
     def reset(self) -> None:
         for layer in self.layers:

@@ -87,7 +87,9 @@ class MambaLM(nn.Module):
     def untie(self) -> None:
         """Give the head its own copy of the embedding table, as rotation and quantization need."""
         if self.tied:
-            self.lm_head.weight = nn.Parameter(self.backbone.embedding.weight.detach().clone(), requires_grad=False)
+            self.lm_head.weight = nn.Parameter(
+                self.backbone.embedding.weight.detach().clone(), requires_grad=False
+            )
             self.tied = False
 
     def named_tensors(self) -> dict[str, Tensor]:
@@ -102,7 +104,12 @@ class MambaLM(nn.Module):
         return self.backbone.layers[0].mixer.ssm.A_log.device
 
     def forward(
-        self, ids: Tensor, cache: MambaCache | None = None, mask: Tensor | None = None, *, last_only: bool = False
+        self,
+        ids: Tensor,
+        cache: MambaCache | None = None,
+        mask: Tensor | None = None,
+        *,
+        last_only: bool = False,
     ) -> Tensor:
         """ids (B, L) int64 -> logits (B, L, padded_vocab) float; (B, 1, padded_vocab) with last_only.
 

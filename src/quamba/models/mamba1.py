@@ -6,10 +6,9 @@ channel, dt_rank = R. Activations are floats or int8 codes; the leaves know, the
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from quamba.formats.activation import Activation, split
+from quamba.formats.activation import Activation, split, with_one_scale
 from quamba.models.cache import LayerCache
 from quamba.models.config import MambaConfig
 from quamba.modules.conv import CausalConv1d
@@ -45,7 +44,8 @@ class MambaMixer(nn.Module):
         dt, B, C = split(self.x_proj(x), self.x_proj_sizes)
         if self.normalises_selection:
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        y = self.ssm(x, self.dt_proj(dt), B, C, z, cache and cache.ssm_state, mask)
+        dt = self.dt_proj(with_one_scale(dt))
+        y = self.ssm(x, dt, B, C, z, cache and cache.ssm_state, mask)
         return self.out_proj(self.rotate(y))
 
     def new_cache(self, batch: int, device: torch.device | str) -> LayerCache:

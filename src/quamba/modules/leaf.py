@@ -29,6 +29,11 @@ class Leaf(nn.Module):
         """Pair the kernel's int8 output with its scale."""
         return out if self.out_scale is None else Quantized(out, self.out_scale)
 
+    def set_weight(self, weight: nn.Module) -> None:
+        """Put a ``QuantizedWeight`` where a float parameter was."""
+        del self.weight  # a module cannot be assigned over a parameter
+        self.weight = weight
+
 
 def parameter_or_empty(*shape: int, device: torch.device | str | None = None) -> nn.Parameter:
     """An uninitialised inference parameter; a checkpoint fills it."""

@@ -18,7 +18,9 @@ class AddNorm(Leaf):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, d_model: int, eps: float, *, layer_norm: bool = False, residual_in_fp32: bool = True) -> None:
+    def __init__(
+        self, d_model: int, eps: float, *, layer_norm: bool = False, residual_in_fp32: bool = True
+    ) -> None:
         super().__init__()
         self.eps, self.layer_norm, self.residual_in_fp32 = eps, layer_norm, residual_in_fp32
         self.weight = parameter_or_empty(d_model)

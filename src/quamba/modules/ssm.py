@@ -103,7 +103,17 @@ class SSD(Recurrence):
             y = self.kernels.ssd_step(x, dt, A, B, C, self.D, self.dt_bias, **self.sizes, **carried)
             return y[:, None]
         return self.kernels.ssd_scan(
-            x, dt, A, B, C, self.D, self.dt_bias, chunk_size=self.chunk_size, mask=mask, **self.sizes, **carried
+            x,
+            dt,
+            A,
+            B,
+            C,
+            self.D,
+            self.dt_bias,
+            chunk_size=self.chunk_size,
+            mask=mask,
+            **self.sizes,
+            **carried,
         )
 
 

@@ -10,7 +10,9 @@ from quamba.formats.packing import unpack_int4
 from quamba.formats.weight import QuantizedWeight, apply_scale
 
 
-def embedding(ids: Tensor, weight: Tensor | QuantizedWeight, *, out_dtype: torch.dtype = torch.float32) -> Tensor:
+def embedding(
+    ids: Tensor, weight: Tensor | QuantizedWeight, *, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
     """y[t] = scale[ids[t], g] * codes[ids[t]], g the group of the column
 
     ids      (...) int64

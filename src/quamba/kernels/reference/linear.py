@@ -52,7 +52,10 @@ def linear(
     codes = x.codes.reshape(-1, x.codes.shape[-1])
     w = weight.codes()
     out = torch.empty(
-        codes.shape[0], w.shape[0], dtype=torch.int8 if out_scale is not None else out_dtype, device=codes.device
+        codes.shape[0],
+        w.shape[0],
+        dtype=torch.int8 if out_scale is not None else out_dtype,
+        device=codes.device,
     )
     for start in range(0, codes.shape[0], SLAB_ROWS):
         slab = codes[start : start + SLAB_ROWS]

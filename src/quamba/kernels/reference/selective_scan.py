@@ -132,7 +132,13 @@ def _chunked(
         cols = slice(d, min(d + tile, d_inner))
         A_t = A[cols].t().unsqueeze(1).contiguous()  # (N, 1, tile)
         h_out[:, cols] = _scan_tile(
-            delta_q[..., cols].contiguous(), du_q[..., cols].contiguous(), A_t, B_q, C_q, h[:, cols], y[..., cols]
+            delta_q[..., cols].contiguous(),
+            du_q[..., cols].contiguous(),
+            A_t,
+            B_q,
+            C_q,
+            h[:, cols],
+            y[..., cols],
         )
     y = y.view(chunk, batch, n_chunks, d_inner).permute(1, 2, 0, 3).reshape(batch, n_chunks * chunk, d_inner)
     return y[:, :length], h_out

@@ -1,0 +1,88 @@
+"""Run the float model over the calibration set and let observers watch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quamba.calibration.observers import Observer, StateObserver
+from quamba.models.lm import MambaLM
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+@dataclass
+class Watch:
+    """An observer on some channels of a leaf's output.
+
+    path      of the leaf, e.g. ``backbone.layers.3.mixer.in_proj``
+    channels  of the last dimension
+    """
+
+    path: str
+    channels: slice
+    observer: Observer
+
+
+@dataclass
+class StateWatch:
+    """An observer on the SSM state of a layer after the last token of each sequence."""
+
+    layer: int
+    observer: StateObserver
+
+
+@torch.inference_mode()
+def collect(
+    model: MambaLM,
+    batches: Iterable[Batch],
+    watches: Iterable[Watch],
+    states: Iterable[StateWatch] = (),
+    *,
+    on_batch: Callable[[int], None] | None = None,
+) -> None:
+    """Update every observer with every batch, in order; on_batch is told how many sequences went by.
+
+    batches  (ids (B, L) int64, mask (B, L) bool or None for no padding)
+    Only a float model can be watched: scales are made from real values.
+    """
+    states = list(states)
+    with _hooks(model, list(watches)) as current:
+        for ids, mask in batches:
+            ids = ids.to(model.device)
+            current.mask = None if mask is None else mask.to(model.device)
+            cache = model.new_cache(ids.shape[0]) if states else None
+            model.backbone(ids, cache, current.mask)
+            for watch in states:
+                assert cache is not None
+                watch.observer.update(cache.layers[watch.layer].ssm_state)
+            if on_batch is not None:
+                on_batch(ids.shape[0])
+
+
+class _Current:
+    mask: Tensor | None = None
+
+
+@contextmanager
+def _hooks(model: MambaLM, watches: list[Watch]) -> Iterator[_Current]:
+    current = _Current()
+
+    def watcher(watch: Watch) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: object, output: object) -> None:
+            x = output[0] if isinstance(output, tuple) else output
+            assert isinstance(x, Tensor), "observers watch float models"
+            watch.observer.update(x[..., watch.channels], current.mask)
+
+        return hook
+
+    handles = [model.get_submodule(w.path).register_forward_hook(watcher(w)) for w in watches]
+    try:
+        yield current
+    finally:
+        for handle in handles:
+            handle.remove()

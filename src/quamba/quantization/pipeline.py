@@ -1,0 +1,198 @@
+"""The whole job: a float model, a recipe and calibration text in; a model of integers and a report out."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quamba.calibration.collect import Batch, StateWatch, Watch, collect
+from quamba.calibration.observers import AbsMax, ChannelMean
+from quamba.calibration.sites import BlockObservers, BlockScales, scale_of
+from quamba.models.lm import MambaLM
+from quamba.quantization.convert import nearest, set_block_formats
+from quamba.quantization.solve import BlockSolver
+from quamba.recipes.plan import Plan, resolve
+from quamba.recipes.recipe import Recipe
+from quamba.transforms.fuse_norm import fuse_norms
+from quamba.transforms.head_grouping import ChannelOrder, group_heads
+from quamba.transforms.reorder import reorder
+from quamba.transforms.rotate import rotate
+
+
+class Batches(Protocol):
+    """A calibration set: the same batches each time it is iterated (``calibration/data.py``)."""
+
+    def batches(self) -> Iterator[Batch]: ...
+
+
+class Progress(Protocol):
+    """Told of each stage and of each unit of work done in it."""
+
+    def stage(self, name: str, total: int) -> None: ...
+
+    def step(self, count: int = 1) -> None: ...
+
+
+class Silent:
+    def stage(self, name: str, total: int) -> None:
+        pass
+
+    def step(self, count: int = 1) -> None:
+        pass
+
+
+@dataclass
+class Report:
+    """What was decided and what it cost, JSON-ready through ``to_dict``.
+
+    layers   one entry a solved weight: name, format, relative Hessian loss of rounding and of the solver
+    scales   site -> smallest and largest absolute maximum seen there
+    seconds  wall time a stage
+    """
+
+    recipe: dict[str, Any]
+    calibration: dict[str, Any]
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    head_groups: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@torch.no_grad()
+def quantize_model(
+    model: MambaLM, recipe: Recipe, calibration: Any, progress: Progress | None = None
+) -> tuple[MambaLM, Plan, Report]:
+    """Quantize a float model; the given one stays as it is.
+
+    calibration  a ``CalibrationSet``; may be None for recipes without int8 activations, int8 states and GPTQ
+    Raises QuambaError before any work if the recipe does not fit the model.
+    """
+    plan = resolve(recipe, model.config)
+    progress = progress or Silent()
+    report = Report(recipe.to_dict(), calibration.to_dict() if calibration is not None else {})
+    clock = _Clock(report.seconds)
+    with clock("transforms"):
+        model = copy.deepcopy(model).set_compute_dtype(torch.float32)
+        if plan.folds_norms:
+            fuse_norms(model)
+    with clock("head grouping"):
+        orders = _group_heads(model, plan, calibration, progress)
+        report.head_groups = [order.to_dict() for order in orders.values()]
+    with clock("transforms"):
+        if plan.rotate:
+            rotate(model)
+    with clock("activation scales"):
+        blocks, head_scale = _activation_scales(model, plan, orders, calibration, progress)
+    with clock("weights"):
+        _quantize_weights(model, plan, blocks, head_scale, calibration, progress, report)
+    return model, plan, report
+
+
+def _group_heads(
+    model: MambaLM, plan: Plan, calibration: Batches, progress: Progress
+) -> dict[int, ChannelOrder]:
+    """Layer -> order, for a plan with head groups; the model is reordered in place."""
+    if plan.group_heads is None:
+        return {}
+    config = plan.config
+    observers = {i: ChannelMean(config.d_inner, model.device) for i in range(config.n_layer)}
+    watches = [
+        Watch(f"backbone.layers.{i}.mixer.conv1d", slice(0, config.d_inner), observer)
+        for i, observer in observers.items()
+    ]
+    _watch(model, calibration, watches, [], "Head statistics", progress)
+    orders = {}
+    for i, observer in observers.items():
+        stats = observer.value().view(config.ngroups, -1, config.headdim)
+        orders[i] = group_heads(stats, plan.group_heads.heads, plan.group_heads.channels)
+        reorder(model.backbone.layers[i].mixer, orders[i])
+    return orders
+
+
+def _activation_scales(
+    model: MambaLM, plan: Plan, orders: dict[int, ChannelOrder], calibration: Batches, progress: Progress
+) -> tuple[list[BlockScales], Tensor | None]:
+    """Scales of every block, and of the head's input."""
+    if not plan.needs_activation_scales:
+        return [BlockScales() for _ in plan.blocks], None
+    device = model.device
+    observers = [
+        BlockObservers(plan, i, orders[i].group if i in orders else None, device)
+        for i in range(len(plan.blocks))
+    ]
+    head = AbsMax(torch.zeros(plan.config.d_model, dtype=torch.int64, device=device), 1)
+    watches = [w for o in observers for w in o.watches]
+    if plan.int8_head_input:
+        watches.append(Watch("backbone.norm_f", slice(None), head))
+    _watch(
+        model,
+        calibration,
+        watches,
+        [w for o in observers for w in o.state_watches],
+        "Activation scales",
+        progress,
+    )
+    return [o.scales() for o in observers], scale_of(head.value())[0] if plan.int8_head_input else None
+
+
+def _quantize_weights(
+    model: MambaLM,
+    plan: Plan,
+    blocks: list[BlockScales],
+    head_scale: Tensor | None,
+    calibration: Batches | None,
+    progress: Progress,
+    report: Report,
+) -> None:
+    """Embedding, blocks in order, head. Each solver sees what the quantized layers before it give."""
+    progress.stage("Weights", len(plan.blocks) + 1)
+    float_model = copy.deepcopy(model) if plan.recipe.solver.propagate_error else None
+    if plan.embedding is not None:
+        table = model.backbone.embedding
+        table.set_weight(nearest(table.weight, plan.embedding, "mse"))
+    solver = BlockSolver(model, float_model, plan.recipe.solver, calibration)
+    for i, block in enumerate(model.backbone.layers):
+        set_block_formats(block, plan.blocks[i], blocks[i])
+        for name, format in plan.blocks[i].weights.items():
+            report.layers.append(solver.solve_projection(i, name, format))
+        solver.advance(i)
+        progress.step()
+    model.backbone.norm_f.out_scale = head_scale
+    if plan.head is not None:
+        report.layers.append(solver.solve_head(plan.head))
+    progress.step()
+
+
+def _watch(
+    model: MambaLM,
+    calibration: Batches,
+    watches: list[Watch],
+    states: list[StateWatch],
+    what: str,
+    progress: Progress,
+) -> None:
+    batches = list(calibration.batches())
+    progress.stage(what, sum(ids.shape[0] for ids, _ in batches))
+    collect(model, batches, watches, states, on_batch=progress.step)
+
+
+class _Clock:
+    """Adds the wall time of a ``with`` block to a stage."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[stage] = round(self._seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
