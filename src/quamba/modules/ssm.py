@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quamba.formats.activation import Activation, Quantized, shape_of
 from quamba.modules.leaf import Leaf, parameter_or_empty

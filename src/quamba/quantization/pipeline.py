@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +19,7 @@ from quamba.quantization.convert import nearest, set_block_formats
 from quamba.quantization.solve import BlockSolver
 from quamba.recipes.plan import Plan, resolve
 from quamba.recipes.recipe import Recipe
+from quamba.recipes.report import Report
 from quamba.transforms.fuse_norm import fuse_norms
 from quamba.transforms.head_grouping import ChannelOrder, group_heads
 from quamba.transforms.reorder import reorder
@@ -46,25 +46,6 @@ class Silent:
 
     def step(self, count: int = 1) -> None:
         pass
-
-
-@dataclass
-class Report:
-    """What was decided and what it cost, JSON-ready through ``to_dict``.
-
-    layers   one entry a solved weight: name, format, relative Hessian loss of rounding and of the solver
-    scales   site -> smallest and largest absolute maximum seen there
-    seconds  wall time a stage
-    """
-
-    recipe: dict[str, Any]
-    calibration: dict[str, Any]
-    layers: list[dict[str, Any]] = field(default_factory=list)
-    head_groups: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from quamba.errors import QuambaError
 from quamba.formats.activation import Activation, Quantized, as_float
-from quamba.formats.weight import QuantizedWeight, WeightFormat
+from quamba.formats.weight import WeightFormat
 from quamba.models.lm import MambaLM
 from quamba.modules.linear import Linear
 from quamba.quantization.convert import nearest
-from quamba.quantization.gptq import GptqConfig, SolveLosses, accumulate_cross, accumulate_hessian, solve
+from quamba.quantization.gptq import GptqConfig, accumulate_cross, accumulate_hessian, solve
 from quamba.recipes.recipe import Solver
 
 

@@ -41,6 +41,10 @@ class Plan:
         return self.int8_head_input or any(b.int8_activations or b.state == "int8" for b in self.blocks)
 
     @property
+    def needs_calibration(self) -> bool:
+        return self.needs_activation_scales or self.recipe.solver.kind == "gptq"
+
+    @property
     def folds_norms(self) -> bool:
         """Whether norm weights move into the projections (any quantized projection wants it)."""
         return self.rotate or self.head is not None or any(b.weights for b in self.blocks)
