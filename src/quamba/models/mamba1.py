@@ -6,6 +6,7 @@ channel, dt_rank = R. Activations are floats or int8 codes; the leaves know, the
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from quamba.formats.activation import Activation, split, with_one_scale

@@ -6,6 +6,7 @@ B and C, d_state = N. Activations are floats or int8 codes; the leaves know, the
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from quamba.formats.activation import Activation, split

@@ -17,7 +17,7 @@ from quamba.quantization.gptq import GptqConfig, accumulate_cross, accumulate_he
 from quamba.recipes.recipe import Solver
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """Stops a forward pass at the projection whose input is wanted."""
 
 
@@ -115,7 +115,7 @@ class BlockSolver:
 
         def stop(module: nn.Module, args: tuple[Activation, ...]) -> None:
             seen.append(args[0])
-            raise _Reached
+            raise _ReachedError
 
         handle = linear.register_forward_pre_hook(stop)
         try:
@@ -123,7 +123,7 @@ class BlockSolver:
                 linear(model.backbone.norm_f(stream, None)[0])
             else:
                 model.backbone.layers[layer](stream, None, None, mask)
-        except _Reached:
+        except _ReachedError:
             pass
         finally:
             handle.remove()
