@@ -30,8 +30,8 @@ def pack_int4(codes: Tensor) -> Tensor:
         raise TypeError(f"codes are {codes.dtype}, expected torch.int8")
     if codes.shape[-1] % 2:
         raise QuambaError(
-            f"4-bit codes are packed two to a byte, so the last dimension must be even, not {codes.shape[-1]};"
-            " keep this weight in 8 bits."
+            "4-bit codes are packed two to a byte, so the last dimension must be even,"
+            f" not {codes.shape[-1]}; keep this weight in 8 bits."
         )
     nibbles = codes.view(torch.uint8) & 15
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)

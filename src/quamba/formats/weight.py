@@ -77,14 +77,15 @@ class WeightFormat:
 
         Raises QuambaError if in_features is larger than, and no multiple of, the group size.
         """
-        if self.granularity != "group" or in_features <= self.group_size:
+        size = self.group_size
+        if size is None or in_features <= size:
             return in_features
-        if in_features % self.group_size:
+        if in_features % size:
             raise QuambaError(
-                f"group_size {self.group_size} does not divide in_features {in_features}; "
-                f"the nearest group size that does is {_nearest_divisor(in_features, self.group_size)}."
+                f"group_size {size} does not divide in_features {in_features}; "
+                f"the nearest group size that does is {_nearest_divisor(in_features, size)}."
             )
-        return self.group_size
+        return size
 
     def n_groups(self, in_features: int) -> int:
         """Scales in one row."""
@@ -162,7 +163,7 @@ class QuantizedWeight(nn.Module):
     def empty(
         cls, shape: tuple[int, int], format: WeightFormat, device: torch.device | str | None = None
     ) -> QuantizedWeight:
-        """Uninitialised buffers of the right shapes, to be filled from a checkpoint (device "meta" included)."""
+        """Uninitialised buffers of the right shapes, to be filled from a checkpoint; also on "meta"."""
         data = torch.empty(format.data_shape(shape), dtype=format.data_dtype, device=device)
         scale = torch.empty(format.scale_shape(shape), dtype=format.scale_dtype, device=device)
         return cls(data, scale, format)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,14 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = _residual_norm(config)
 
+    @property
+    def blocks(self) -> list[Block]:
+        return [cast(Block, layer) for layer in self.layers]
+
     def forward(self, ids: Tensor, cache: MambaCache | None, mask: Tensor | None) -> Activation:
         hidden, residual = self.embedding(ids), None
-        for i, layer in enumerate(self.layers):
-            hidden, residual = layer(hidden, residual, cache and cache.layers[i], mask)
+        for i, block in enumerate(self.blocks):
+            hidden, residual = block(hidden, residual, cache and cache.layers[i], mask)
         return self.norm_f(hidden, residual)[0]
 
 
@@ -87,9 +92,8 @@ class MambaLM(nn.Module):
     def untie(self) -> None:
         """Give the head its own copy of the embedding table, as rotation and quantization need."""
         if self.tied:
-            self.lm_head.weight = nn.Parameter(
-                self.backbone.embedding.weight.detach().clone(), requires_grad=False
-            )
+            table = self.backbone.embedding.float_weight
+            self.lm_head.weight = nn.Parameter(table.detach().clone(), requires_grad=False)
             self.tied = False
 
     def named_tensors(self) -> dict[str, Tensor]:
@@ -100,8 +104,12 @@ class MambaLM(nn.Module):
         return tensors
 
     @property
+    def blocks(self) -> list[Block]:
+        return self.backbone.blocks
+
+    @property
     def device(self) -> torch.device:
-        return self.backbone.layers[0].mixer.ssm.A_log.device
+        return self.blocks[0].mixer.ssm.A_log.device
 
     def forward(
         self,
@@ -122,7 +130,7 @@ class MambaLM(nn.Module):
         return self.lm_head(hidden)
 
     def new_cache(self, batch: int) -> MambaCache:
-        return MambaCache([layer.mixer.new_cache(batch, self.device) for layer in self.backbone.layers])
+        return MambaCache([block.mixer.new_cache(batch, self.device) for block in self.blocks])
 
     def set_compute_dtype(self, dtype: torch.dtype) -> MambaLM:
         """Floats between leaves, and float weights of projections, in ``dtype``.

@@ -20,7 +20,7 @@ from quamba.modules.ssm import SSD
 
 
 class Mamba2Mixer(nn.Module):
-    """Section 7.1, figure 6: one parallel projection gives z, x, B, C, dt; then convolve, SSD, gate and norm."""
+    """Section 7.1, figure 6: one projection gives z, x, B, C, dt; then convolve, SSD, gate and norm."""
 
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__()

@@ -6,18 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from quamba.formats.activation import Activation
-from quamba.formats.weight import QuantizedWeight
-from quamba.modules.leaf import Leaf, parameter_or_empty
+from quamba.modules.leaf import WeightedLeaf, parameter_or_empty
 
 
-class CausalConv1d(Leaf):
+class CausalConv1d(WeightedLeaf):
     """(B, L, channels) -> silu(conv), same shape; ``weight`` (channels, d_conv).
 
     state_dtype  what the cached window holds: torch.int8 behind an int8 projection, or None for
                  floats of compute_dtype
     """
 
-    weight: nn.Parameter | QuantizedWeight
     bias: nn.Parameter | None
 
     def __init__(self, channels: int, width: int, bias: bool) -> None:

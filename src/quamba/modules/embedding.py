@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from quamba.formats.weight import QuantizedWeight
-from quamba.modules.leaf import Leaf, parameter_or_empty
+from quamba.modules.leaf import WeightedLeaf, parameter_or_empty
 
 
-class Embedding(Leaf):
+class Embedding(WeightedLeaf):
     """ids (B, L) int64 -> (B, L, d_model) float. ``weight`` is a float table or a QuantizedWeight."""
-
-    weight: nn.Parameter | QuantizedWeight
 
     def __init__(self, rows: int, d_model: int) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from quamba.formats.activation import Activation, Quantized
+from quamba.formats.weight import QuantizedWeight
 from quamba.kernels.registry import REFERENCE, Kernels
 
 
@@ -29,7 +30,19 @@ class Leaf(nn.Module):
         """Pair the kernel's int8 output with its scale."""
         return out if self.out_scale is None else Quantized(out, self.out_scale)
 
-    def set_weight(self, weight: nn.Module) -> None:
+
+class WeightedLeaf(Leaf):
+    """A leaf around one matrix, float or quantized."""
+
+    weight: nn.Parameter | QuantizedWeight
+
+    @property
+    def float_weight(self) -> nn.Parameter:
+        """The weight of a leaf that is known to be float still."""
+        assert isinstance(self.weight, nn.Parameter), "this weight is quantized already"
+        return self.weight
+
+    def set_weight(self, weight: QuantizedWeight) -> None:
         """Put a ``QuantizedWeight`` where a float parameter was."""
         del self.weight  # a module cannot be assigned over a parameter
         self.weight = weight

@@ -5,17 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 from quamba.formats.activation import Activation
-from quamba.formats.weight import QuantizedWeight
-from quamba.modules.leaf import Leaf, parameter_or_empty
+from quamba.modules.leaf import WeightedLeaf, parameter_or_empty
 
 
-class Linear(Leaf):
+class Linear(WeightedLeaf):
     """(..., in_features) -> (..., out_features), float or int8 (``kernels/reference/linear.py``).
 
     input_scale_folded  the columns of ``weight`` contain the per-channel scale of the input's codes
     """
 
-    weight: nn.Parameter | QuantizedWeight
     bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:

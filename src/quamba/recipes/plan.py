@@ -88,7 +88,8 @@ def resolve(recipe: Recipe, config: ModelConfig) -> Plan:
         for i in override.blocks:
             if i >= config.n_layer:
                 raise QuambaError(
-                    f"An override names block {i}, but the model has {config.n_layer} blocks, 0 to {config.n_layer - 1}."
+                    f"An override names block {i}, but the model has {config.n_layer} blocks,"
+                    f" 0 to {config.n_layer - 1}."
                 )
             precisions[i] = override.precision
     quantizes = recipe.head.weights != "float" or any(p.weights != "float" for p in precisions)
@@ -100,8 +101,9 @@ def resolve(recipe: Recipe, config: ModelConfig) -> Plan:
         for what, size in (("d_model", config.d_model), ("d_inner", config.d_inner)):
             _check_rotation(what, size)
     int8_activations = any(p.activations == "int8" for p in precisions)
-    groups = recipe.group_heads if config.family == "mamba2" and int8_activations else None
-    if groups is not None:
+    groups = None
+    if isinstance(config, Mamba2Config) and int8_activations and recipe.group_heads is not None:
+        groups = recipe.group_heads
         _check_groups(groups, config)
     return Plan(
         config=config,
@@ -163,14 +165,14 @@ def _check_rotation(what: str, size: int) -> None:
         ) from None
 
 
-def _check_groups(groups: HeadGroups, config: ModelConfig) -> None:
+def _check_groups(groups: HeadGroups, config: Mamba2Config) -> None:
     heads = config.nheads // config.ngroups
-    for what, asked, available in (
-        ("heads", groups.heads, heads),
-        ("channels", groups.channels, config.headdim),
+    for what, asked, available, where in (
+        ("heads", groups.heads, heads, "an SSD group"),
+        ("channels", groups.channels, config.headdim, "a head"),
     ):
         if not 1 <= asked <= available:
             raise QuambaError(
-                f"group_heads asks for {asked} groups of {what}, but an SSD group of this model has {available} {what}; "
-                f"choose 1 to {available}."
+                f"group_heads asks for {asked} groups of {what}, but there are {available} in {where};"
+                f" choose 1 to {available}."
             )

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quamba.errors import QuambaError, nearest, one_of
 from quamba.formats.weight import WeightFormat
@@ -53,7 +53,8 @@ class Precision:
         _check("The state precision", self.state, STATES)
         if self.weights == "float" and self.activations == "int8":
             raise QuambaError(
-                "Float weights with int8 activations have no kernel; use weights 'int8' or activations 'float'."
+                "Float weights with int8 activations have no kernel;"
+                " use weights 'int8' or activations 'float'."
             )
 
     @property
@@ -84,7 +85,7 @@ class HeadGroups:
 class Solver:
     """How weights become integers.
 
-    kind             "rtn": each to the nearest; "gptq": with feedback and refinement (``quantization/gptq.py``)
+    kind             "rtn": to the nearest; "gptq": with feedback, then refined (``quantization/gptq.py``)
     damping          added to the Hessian's diagonal, as a share of its mean
     act_order        columns of large input first, with scales chosen beforehand
     scale            first scales: "absmax" or "mse" (also for rtn and for embedding tables)
@@ -96,7 +97,7 @@ class Solver:
     kind: str = "rtn"
     damping: float = 0.1
     act_order: bool = True
-    scale: str = "mse"
+    scale: Literal["absmax", "mse"] = "mse"
     refinements: int = 3
     propagate_error: bool = False
     samples: int | None = None
@@ -134,8 +135,8 @@ class Recipe:
     int8: WeightFormat = field(default_factory=lambda: WeightFormat(8, "channel"))
     embedding_int4: WeightFormat = field(default_factory=lambda: WeightFormat(4, "group", 128))
     dt_proj: str = "int8"
-    conv_scales: str = "channel"
-    activation_scales: str = "channel"
+    conv_scales: Literal["tensor", "channel"] = "channel"
+    activation_scales: Literal["tensor", "channel"] = "channel"
     percentile_alpha: float | None = None
     rotate: bool = True
     group_heads: HeadGroups | None = None
@@ -154,7 +155,8 @@ class Recipe:
         alpha = self.percentile_alpha
         if alpha is not None and not 0.5 < alpha <= 1.0:
             raise QuambaError(
-                f"percentile_alpha is {alpha}, expected a share above 0.5 and at most 1.0 (1.0 is the absolute maximum)."
+                f"percentile_alpha is {alpha}, expected a share above 0.5 and at most 1.0"
+                " (1.0 is the absolute maximum)."
             )
         for bits, format in ((4, self.int4), (8, self.int8), (4, self.embedding_int4)):
             if format.bits != bits:
@@ -226,7 +228,8 @@ def precision(weight_bits: int, activation_bits: int, state: str | None = None) 
     """The published pairs 8/8, 4/8 and 4/16. The state is int8 with int8 activations, else fp16."""
     if (weight_bits, activation_bits) not in ((8, 8), (4, 8), (4, 16)):
         raise QuambaError(
-            f"w_bits {weight_bits} with a_bits {activation_bits} is no supported pair; choose 8 and 8, 4 and 8, or 4 and 16."
+            f"w_bits {weight_bits} with a_bits {activation_bits} is no supported pair;"
+            " choose 8 and 8, 4 and 8, or 4 and 16."
         )
     activations = "int8" if activation_bits == 8 else "float"
     return Precision(
@@ -267,8 +270,8 @@ def _build(cls: type[Any], what: str, value: object) -> Any:
 
 
 def _build_fields(cls: type[Any], what: str, value: object) -> dict[str, Any]:
-    if dataclasses.is_dataclass(value):
-        value = dataclasses.asdict(value)  # type: ignore[call-overload]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if not isinstance(value, Mapping):
         raise QuambaError(f"The recipe's {what} is {value!r}, expected a table of fields.")
     _refuse_unknown(what, value, cls)

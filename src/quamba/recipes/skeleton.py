@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.models.lm import Block, MambaLM
+from quamba.models.mamba1 import MambaMixer
 from quamba.recipes.plan import BlockPlan, Plan, projections
 from quamba.recipes.sites import SCALAR_SITES, block_segments
 
@@ -22,7 +23,7 @@ def set_flags(block: Block, plan: BlockPlan) -> None:
     mixer.ssm.state_dtype = STATE_DTYPES[plan.state]
     if plan.int8_activations:
         mixer.conv1d.state_dtype = torch.int8
-        if "x_proj" in plan.weights:
+        if isinstance(mixer, MambaMixer) and "x_proj" in plan.weights:
             mixer.x_proj.input_scale_folded = True
 
 
@@ -32,7 +33,7 @@ def skeleton(plan: Plan) -> MambaLM:
         model = MambaLM(plan.config).eval()
         if plan.folds_norms or plan.embedding is not None:
             model.untie()
-        for i, block in enumerate(model.backbone.layers):
+        for i, block in enumerate(model.blocks):
             _shape_block(block, plan, i)
         if plan.folds_norms:
             model.backbone.norm_f.weight = None

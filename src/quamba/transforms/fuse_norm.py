@@ -16,15 +16,15 @@ def fuse_norms(model: MambaLM) -> None:
     (Quamba2, section 4; QuaRot, Ashkboos et al. 2024, section 4.)
     """
     model.untie()
-    for layer in model.backbone.layers:
-        _fuse(layer.norm, layer.mixer.in_proj)
+    for block in model.blocks:
+        _fuse(block.norm, block.mixer.in_proj)
     _fuse(model.backbone.norm_f, model.lm_head)
 
 
 def _fuse(norm: AddNorm, linear: Linear) -> None:
     if norm.weight is None:
         return
-    weight = linear.weight
+    weight = linear.float_weight
     scaled = weight.double() * norm.weight.double()
     linear.weight = nn.Parameter(scaled.to(weight.dtype), requires_grad=False)
     norm.weight = None

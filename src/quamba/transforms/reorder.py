@@ -15,7 +15,7 @@ def reorder(mixer: Mamba2Mixer, order: ChannelOrder) -> None:
     The block computes the same function. Comes before ``rotate``, which mixes out_proj's columns.
     """
     assert not mixer.rotate.enabled, "reorder comes before rotate"
-    device = mixer.in_proj.weight.device
+    device = mixer.ssm.A_log.device
     channels, heads = order.channel_perm.to(device), order.head_perm.to(device)
     d_inner, d_bc = len(channels), mixer.conv_sizes[1]
     conv_rows = torch.cat([channels, torch.arange(d_inner, d_inner + 2 * d_bc, device=device)])
@@ -25,7 +25,7 @@ def reorder(mixer: Mamba2Mixer, order: ChannelOrder) -> None:
     _take(mixer.ssm, heads, "A_log", "dt_bias")
     _take(mixer.ssm, channels if mixer.ssm.D.shape[0] == d_inner else heads, "D")
     _take(mixer.norm, channels, "weight")
-    _set(mixer.out_proj, "weight", mixer.out_proj.weight[:, channels])
+    _set(mixer.out_proj, "weight", mixer.out_proj.float_weight[:, channels])
 
 
 def _take(module: nn.Module, rows: Tensor, *names: str) -> None:

@@ -17,23 +17,24 @@ def rotate(model: MambaLM) -> None:
     Scan output, T' of size d_inner: multiplied online by T' (the block's ``rotate`` leaf), undone in
     out_proj W <- W T'^T. The model computes the same function.
     """
-    assert all(layer.norm.weight is None for layer in model.backbone.layers), "fuse_norms comes first"
+    assert all(block.norm.weight is None for block in model.blocks), "fuse_norms comes first"
     embedding = model.backbone.embedding
-    embedding.weight = _parameter(_rotate_rows(embedding.weight), embedding.weight)
-    for layer in model.backbone.layers:
-        _rotate_input(layer.mixer.in_proj)
-        _rotate_input(layer.mixer.out_proj)
-        _rotate_output(layer.mixer.out_proj)
-        layer.mixer.rotate.enabled = True
+    embedding.weight = _parameter(_rotate_rows(embedding.float_weight), embedding.float_weight)
+    for block in model.blocks:
+        _rotate_input(block.mixer.in_proj)
+        _rotate_input(block.mixer.out_proj)
+        _rotate_output(block.mixer.out_proj)
+        block.mixer.rotate.enabled = True
     _rotate_input(model.lm_head)
 
 
 def _rotate_input(linear: Linear) -> None:
-    linear.weight = _parameter(_rotate_rows(linear.weight), linear.weight)
+    linear.weight = _parameter(_rotate_rows(linear.float_weight), linear.float_weight)
 
 
 def _rotate_output(linear: Linear) -> None:
-    linear.weight = _parameter(_rotate_rows(linear.weight.t()).t().contiguous(), linear.weight)
+    weight = linear.float_weight
+    linear.weight = _parameter(_rotate_rows(weight.t()).t().contiguous(), weight)
     if linear.bias is not None:
         linear.bias = _parameter(_rotate_rows(linear.bias), linear.bias)
 
