@@ -46,7 +46,11 @@ class Backbone(nn.Module):
         return [cast(Block, layer) for layer in self.layers]
 
     def forward(self, ids: Tensor, cache: MambaCache | None, mask: Tensor | None) -> Activation:
-        hidden, residual = self.embedding(ids), None
+        return self.read(self.embedding(ids), cache, mask)
+
+    def read(self, hidden: Tensor, cache: MambaCache | None, mask: Tensor | None) -> Activation:
+        """From embeddings (B, L, d_model) to the output of norm_f."""
+        residual = None
         for i, block in enumerate(self.blocks):
             hidden, residual = block(hidden, residual, cache and cache.layers[i], mask)
         return self.norm_f(hidden, residual)[0]

@@ -16,7 +16,9 @@ from quamba.calibration.observers import AbsMax, ChannelMean
 from quamba.calibration.sites import BlockObservers, BlockScales, scale_of
 from quamba.models.lm import MambaLM
 from quamba.quantization.convert import nearest, set_block_formats
-from quamba.quantization.solve import BlockSolver
+from quamba.quantization.embedding import loss_metric
+from quamba.quantization.gptq import solve
+from quamba.quantization.solve import BlockSolver, solver_config
 from quamba.recipes.plan import Plan, resolve
 from quamba.recipes.recipe import Recipe
 from quamba.recipes.report import Report
@@ -138,8 +140,7 @@ def _quantize_weights(
     progress.stage("Weights", len(plan.blocks) + 1)
     float_model = copy.deepcopy(model) if plan.recipe.solver.propagate_error else None
     if plan.embedding is not None:
-        table = model.backbone.embedding
-        table.set_weight(nearest(table.weight, plan.embedding, "mse"))
+        report.layers.append(_quantize_embedding(model, plan, calibration))
     solver = BlockSolver(model, float_model, plan.recipe.solver, calibration)
     for i, block in enumerate(model.backbone.layers):
         set_block_formats(block, plan.blocks[i], blocks[i])
@@ -151,6 +152,20 @@ def _quantize_weights(
     if plan.head is not None:
         report.layers.append(solver.solve_head(plan.head))
     progress.step()
+
+
+def _quantize_embedding(model: MambaLM, plan: Plan, calibration: Batches | None) -> dict[str, Any]:
+    """Rows rounded for what their errors cost in loss, or to nearest; a line for the report."""
+    table, format = model.backbone.embedding, plan.embedding
+    assert format is not None
+    line = {"name": "embedding", "bits": format.bits, "granularity": format.granularity}
+    if plan.recipe.solver.kind == "rtn" or format.bits == 8 or calibration is None:
+        table.set_weight(nearest(table.weight, format, plan.recipe.solver.scale if format.bits == 4 else "absmax"))
+        return line
+    metric = loss_metric(model, calibration.batches())
+    weight, losses = solve(table.weight, metric, format, solver_config(plan.recipe.solver))
+    table.set_weight(weight)
+    return {**line, "relative_loss_rtn": losses.rtn, "relative_loss": losses.gptq}
 
 
 def _watch(

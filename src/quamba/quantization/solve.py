@@ -84,7 +84,7 @@ class BlockSolver:
             )
             return line
         hessian, cross = self._moments(linear, twin, layer)
-        weight, losses = solve(linear.weight, hessian, format, _config(self.solver), cross=cross)
+        weight, losses = solve(linear.weight, hessian, format, solver_config(self.solver), cross=cross)
         linear.set_weight(weight)
         return {**line, "relative_loss_rtn": losses.rtn, "relative_loss": losses.gptq}
 
@@ -135,7 +135,7 @@ def _valid(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x[mask]
 
 
-def _config(solver: Solver) -> GptqConfig:
+def solver_config(solver: Solver) -> GptqConfig:
     return GptqConfig(
         damping=solver.damping, act_order=solver.act_order, scale=solver.scale, refinements=solver.refinements
     )

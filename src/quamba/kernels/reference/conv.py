@@ -60,7 +60,7 @@ def causal_conv1d(
             acc *= scale
         if bias is not None:
             acc += bias.to(compute)
-        out[b] = quantize_or_cast(F.silu(acc, inplace=True), out_scale, out_dtype)
+        out[b] = quantize_or_cast(F.silu(acc), out_scale, out_dtype)
     if mask is not None:
         out *= mask[..., None].to(out.dtype)
     return out

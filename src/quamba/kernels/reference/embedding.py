@@ -24,5 +24,5 @@ def embedding(
         codes = unpack_int4(data) if weight.format.bits == 4 else data
         scale = weight.scale if weight.format.granularity == "tensor" else weight.scale[ids.flatten()]
         wide = torch.float64 if out_dtype == torch.float64 else torch.float32
-        return apply_scale(codes, scale, wide).to(out_dtype).view(*ids.shape, -1)
+        return apply_scale(codes, scale, wide).to(out_dtype).view(*ids.shape, weight.shape[1])
     return F.embedding(ids, weight).to(out_dtype)

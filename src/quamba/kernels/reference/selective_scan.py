@@ -55,11 +55,13 @@ def selective_scan(
         stop = min(start + SEGMENT, length)
         x_s, dt_s, B_s, C_s = (as_float(rows(t, start, stop, 1), compute) for t in (u, dt, B, C))
         delta = _delta(dt_s, dt_bias, None if mask is None else mask[:, start:stop])
-        out, h = _chunked(delta, delta * x_s, A.to(compute), B_s, C_s, h)
+        # The chunked scan works in place, so gradients go through the recurrence as it is written.
+        scan = _in_order if torch.is_grad_enabled() and delta.requires_grad else _chunked
+        out, h = scan(delta, delta * x_s, A.to(compute), B_s, C_s, h)
         if D is not None:
-            out.addcmul_(x_s, D.to(compute))
+            out = out.addcmul_(x_s, D.to(compute))
         if z is not None:
-            out *= F.silu(as_float(rows(z, start, stop, 1), compute))
+            out = out * F.silu(as_float(rows(z, start, stop, 1), compute))
         y[:, start:stop] = out
     if state is not None:
         write_state(state, h, state_scale)
@@ -101,6 +103,17 @@ def selective_scan_step(
 def _delta(dt: Tensor, dt_bias: Tensor | None, mask: Tensor | None) -> Tensor:
     delta = F.softplus(dt if dt_bias is None else dt + dt_bias.to(dt.dtype))
     return delta if mask is None else delta * mask[..., None].to(dt.dtype)
+
+
+def _in_order(
+    delta: Tensor, delta_u: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Token by token, and differentiable: y (B, L, Di) and the final state."""
+    outputs = []
+    for t in range(delta.shape[1]):
+        h = torch.exp(delta[:, t, :, None] * A) * h + delta_u[:, t, :, None] * B[:, t, None, :]
+        outputs.append(torch.einsum("bdn,bn->bd", h, C[:, t]))
+    return torch.stack(outputs, dim=1), h
 
 
 def _chunked(

@@ -141,7 +141,7 @@ def _chunk(x: Tensor, delta: Tensor, decay: Tensor, B: Tensor, C: Tensor, S: Ten
     gap = by_head[..., :, None] - by_head[..., None, :]
     future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
     mix = gap.masked_fill_(future, -math.inf).exp_().view(batch, ngroups, per_head, length, length)
-    mix *= (C_g @ B_g.transpose(-1, -2))[:, :, None]
+    mix = mix * (C_g @ B_g.transpose(-1, -2))[:, :, None]
     y = mix @ x_delta.permute(0, 2, 3, 1, 4)  # (b, G, H/G, Q, P)
 
     # From before the chunk: y_i += exp(decay_i) C_i S
