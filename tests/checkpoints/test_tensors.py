@@ -279,3 +279,25 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "model").touch()
     with pytest.raises(QuambaError, match=r"is a file"), written_beside(tmp_path / "model", overwrite=True):
         pytest.fail("the block ran")
+
+
+def test_what_is_large_starts_at_an_aligned_place(tmp_path):
+    """Matrix libraries sum in another order where memory is not aligned; mapped tensors are used in place."""
+    tensors = {"a": torch.tensor(1.0), "b": torch.ones(3, dtype=torch.int8), "c": torch.ones(7, 64)}
+    write_tensors(tmp_path, {**tensors, "d": torch.ones(32, 2).half(), "e": torch.ones(0)})
+    source = open_tensors(tmp_path)
+    assert source.get("c").data_ptr() % 64 == source.get("d").data_ptr() % 64 == 0
+    assert source.get("e").shape == (0,)
+
+
+def test_other_programs_read_what_is_written(tmp_path):
+    from safetensors.torch import load_file
+
+    tensors = some_tensors()
+    write_tensors(tmp_path, tensors, metadata={"made_by": "a test"})
+    read = load_file(tmp_path / "model.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "made_by": "a test"}

@@ -16,12 +16,12 @@ from quamba.checkpoints.upstream import (
     canonical_name,
     config_from_state_spaces,
     config_to_state_spaces,
+    expected_shapes,
     state_spaces_name,
     write_state_spaces,
 )
 from quamba.errors import QuambaError
 from quamba.models.config import Mamba2Config, MambaConfig
-from quamba.models.shapes import expected_shapes
 
 DEMO_MODELS = Path(__file__).resolve().parents[2] / "assets" / "models"
 
@@ -173,8 +173,16 @@ def test_sizes_have_no_default(missing):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({**SIZES, "norm_cfg": {"norm": "QRMSNorm"}}, "is a quantized model .config.json has 'norm_cfg'."),
-        ({**SIZES, "quantization_config": {"quant_method": "quamba"}}, "is a quantized model"),
+        ({**SIZES, "norm_cfg": {"norm": "QRMSNorm"}}, "is a model of the published Quamba zoo.*'norm_cfg'"),
+        (
+            {**SIZES, "quantization_config": {"quant_method": "quamba"}},
+            "is a model that quamba has quantized",
+        ),
+        (
+            {**SIZES, "quantization_config": {"quant_method": "gptq"}},
+            "by another program .quant_method 'gptq'",
+        ),
+        ({**SIZES, "quantization_config": "int8"}, "by another program"),
         ({"model_type": "llama", "hidden_size": 8}, "model_type in .* is 'llama', expected one of 'mamba'"),
         ({"layers": 3}, "has neither 'd_model'"),
     ],

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from quamba.checkpoints.huggingface import MODEL_TYPES, config_from_huggingface
+from quamba.checkpoints.quantized import describe_quantized
 from quamba.checkpoints.source import read_json, resolve
 from quamba.checkpoints.tensors import TensorSource, open_tensors
-from quamba.checkpoints.upstream import canonical_name, config_from_state_spaces
+from quamba.checkpoints.upstream import canonical_name, config_from_state_spaces, expected_shapes
 from quamba.errors import QuambaError, one_of
 from quamba.models.config import MambaConfig, ModelConfig
-from quamba.models.shapes import expected_shapes
 
 _EMBEDDING, _HEAD = "backbone.embedding.weight", "lm_head.weight"
-_QUANTIZED_KEYS = ("quantization_config", "norm_cfg", "embedding_cfg", "lm_head_cfg")
 #: Norms of B, C and dt in Falcon Mamba: they have no weight, though a file may carry one of ones.
 _WEIGHTLESS = ("b_layernorm.weight", "c_layernorm.weight", "dt_layernorm.weight", "b_c_rms", "dt_rms")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -55,11 +54,9 @@ def read_float_config(folder: str | Path) -> ModelConfig:
     """The model config in a checkpoint folder, whichever of the two formats it has."""
     folder = Path(folder)
     fields = read_json(folder / "config.json")
-    for key in _QUANTIZED_KEYS:
-        if fields.get(key) is not None:
-            raise QuambaError(
-                f"'{folder}' is a quantized model (config.json has '{key}'), expected a float one."
-            )
+    quantized = describe_quantized(fields)
+    if quantized is not None:
+        raise QuambaError(f"'{folder}' is {quantized}, expected a float model.")
     if "hidden_size" in fields and fields.get("model_type") in MODEL_TYPES:
         return config_from_huggingface(fields)
     if "d_model" in fields:

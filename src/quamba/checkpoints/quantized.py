@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quamba.checkpoints.source import read_json
 from quamba.checkpoints.tensors import (
+    ALIGNMENT_BYTES,
     MAX_SHARD_BYTES,
     TensorSource,
     open_tensors,
@@ -45,10 +46,10 @@ DTYPES = {
 CONFIG_FILE, REPORT_FILE = "config.json", "quantization_report.json"
 #: Keys of config.json beside the model's own sizes and switches.
 _LABELS = ("model_type", "dtype", "eos_token_id", "quantization_config")
-#: Top-level keys that the model zoo of the first Quamba code base puts into its config.json.
+#: Top-level keys in the config.json of the published Quamba models.
 _ZOO_KEYS = ("norm_cfg", "embedding_cfg", "lm_head_cfg")
-#: A tensor in memory starts at a multiple of this; so do tensors that torch allocates.
-_ALIGNMENT_BYTES = 64
+#: What quantization_config must hold beside quant_method and format_version.
+_QUANTIZATION_FIELDS: dict[str, type] = {"recipe": dict, "source": str, "calibration": dict}
 
 _T = TypeVar("_T")
 
@@ -74,24 +75,23 @@ class StoredModel:
 def is_quantized(folder: str | Path) -> bool:
     """Whether the folder holds a model in our format, of any version; no weight file is looked at."""
     path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        return False
-    fields = read_json(path).get("quantization_config")
-    return isinstance(fields, dict) and fields.get("quant_method") == QUANT_METHOD
+    return path.is_file() and _is_ours(read_json(path))
 
 
-def foreign_format(fields: Mapping[str, Any]) -> str | None:
-    """What a config.json says of a quantization that is not ours, for a message; None if it says nothing."""
+def describe_quantized(fields: Mapping[str, Any]) -> str | None:
+    """What kind of quantized model a config.json belongs to, to go after "is"; None for a float one."""
     for key in _ZOO_KEYS:
         if fields.get(key) is not None:
-            return f"a model of the first Quamba code base's zoo (config.json has '{key}')"
+            return (
+                f"a model of the published Quamba zoo, in the format of that code ('{key}' in {CONFIG_FILE})"
+            )
     quantization = fields.get("quantization_config")
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method == QUANT_METHOD:
-        return None
-    return f"quantized by another program (quant_method {method!r} in config.json)"
+        return f"a model that quamba has quantized (quant_method '{QUANT_METHOD}' in {CONFIG_FILE})"
+    return f"a model quantized by another program (quant_method {method!r} in {CONFIG_FILE})"
 
 
 def read_quantization_config(folder: str | Path) -> dict[str, Any]:
@@ -181,16 +181,17 @@ def _config_fields(
     return {**labels, **plan.config.to_dict(), "quantization_config": quantization}
 
 
+def _is_ours(fields: Mapping[str, Any]) -> bool:
+    quantization = fields.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
 def _quantization_fields(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     """``quantization_config``, once it is known to be ours and of a version that is understood."""
-    foreign = foreign_format(fields)
-    if foreign is not None:
-        raise QuambaError(f"'{folder}' is {foreign}, expected a model quantized by this package.")
-    stored = fields.get("quantization_config")
-    if stored is None:
-        raise QuambaError(
-            f"'{folder}' is no quantized model ({CONFIG_FILE} has no 'quantization_config'), expected one."
-        )
+    if not _is_ours(fields):
+        kind = describe_quantized(fields) or f"a float model (no quantization_config in {CONFIG_FILE})"
+        raise QuambaError(f"'{folder}' is {kind}, expected one that quamba has quantized and saved.")
+    stored = fields["quantization_config"]
     version = stored.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise QuambaError(f"format_version of '{folder}' is {version!r}, expected {FORMAT_VERSION}.")
@@ -199,7 +200,7 @@ def _quantization_fields(folder: Path, fields: Mapping[str, Any]) -> dict[str, A
             f"'{folder}' has format version {version}, this release reads up to {FORMAT_VERSION}; "
             "update quamba."
         )
-    for key, kind in (("recipe", dict), ("source", str), ("calibration", dict)):
+    for key, kind in _QUANTIZATION_FIELDS.items():
         if not isinstance(stored.get(key), kind):
             raise QuambaError(
                 f"'{key}' in the quantization_config of '{folder}' is {stored.get(key)!r}, "
@@ -264,7 +265,7 @@ def _aligned(tensor: Tensor) -> Tensor:
     Matrix libraries sum in another order where memory is not aligned: the logits of a reloaded
     model would differ in the last bits. ``write_tensors`` aligns what is large.
     """
-    return tensor if tensor.data_ptr() % _ALIGNMENT_BYTES == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % ALIGNMENT_BYTES == 0 else tensor.clone()
 
 
 def _misfits(found: _Layout, expected: _Layout) -> list[str]:

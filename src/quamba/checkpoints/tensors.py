@@ -37,6 +37,11 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+#: Where tensors start that torch allocates. Files written here keep to it for all but odd sizes, since
+#: matrix libraries are slower, and sum in another order, where memory that is mapped is not aligned.
+ALIGNMENT_BYTES = 64
 
 
 class TensorSource:
@@ -119,8 +124,6 @@ def write_tensors(
 
     A tensor larger than the limit gets a shard of its own. Returns the weight files.
     """
-    from safetensors.torch import save_file
-
     shards = _split(tensors, max_shard_bytes)
     count = len(shards)
     files = [folder / _SAFETENSORS]
@@ -128,7 +131,7 @@ def write_tensors(
         files = [folder / f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     header = {"format": "pt", **(metadata or {})}
     for file, names in zip(files, shards, strict=True):
-        save_file(_separate({name: tensors[name] for name in names}), file, metadata=header)
+        _write_safetensors(file, {name: tensors[name] for name in names}, header)
     if count > 1:
         index = {
             "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
@@ -194,7 +197,7 @@ class _SafetensorsShard:
             self._file = safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise QuambaError(f"{_broken(path, 'safetensors file')} ({error}).") from None
-        self.metadata = self._file.metadata() or {}
+        self.metadata: Mapping[str, str] = self._file.metadata() or {}
 
     def names(self) -> list[str]:
         return list(self._file.keys())
@@ -304,16 +307,30 @@ def _split(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
     return shards
 
 
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, none of which shares memory with another: what safetensors can store."""
-    taken: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if storage in taken else tensor
-        taken.add(storage)
-    return result
+def _write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the file in an order that ``ALIGNMENT_BYTES`` asks for, one tensor in memory at a time.
+
+    The format allows no gaps, so tensors whose size is a multiple of the alignment come first: they
+    all start at one. The safetensors library would sort by dtype and name, so that one scalar
+    moves all that follows.
+    """
+    names = sorted(tensors, key=lambda name: tensors[name].nbytes % ALIGNMENT_BYTES != 0)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT_BYTES)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            out.write(flat.view(torch.uint8).numpy().data)
 
 
 def _flush(folder: Path) -> None:

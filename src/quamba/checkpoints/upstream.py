@@ -14,7 +14,7 @@ from quamba.checkpoints.fields import ConfigFields
 from quamba.checkpoints.tensors import MAX_SHARD_BYTES, write_tensors, written_beside
 from quamba.errors import QuambaError
 from quamba.models.config import Family, Mamba2Config, MambaConfig, ModelConfig
-from quamba.models.shapes import expected_shapes
+from quamba.models.lm import MambaLM
 
 #: Keys of ssm_cfg that only choose a random initialisation or a code path.
 _NO_EFFECT = (
@@ -41,6 +41,11 @@ _LABELS = (
     "pad_token_id",
 )
 _NORM_EPS = 1e-5  # fixed in the state-spaces code: its config has no key for it
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical names (``docs/architecture.md``) of a float model's tensors to their shapes, in its order."""
+    return {name: tuple(tensor.shape) for name, tensor in MambaLM.empty(config).named_tensors().items()}
 
 
 def config_from_state_spaces(fields: Mapping[str, Any]) -> ModelConfig:
