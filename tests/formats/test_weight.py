@@ -82,7 +82,7 @@ def test_groups():
     assert [format.n_groups(k) for k in (32, 128, 384)] == [1, 1, 3]
     assert format.group_width(32) == 32
     assert WeightFormat(8, "channel").n_groups(130) == 1
-    with pytest.raises(QuambaError, match="group_size 128 does not divide in_features 200.* 100"):
+    with pytest.raises(QuambaError, match=r"group_size 128 does not divide in_features 200.* 100"):
         format.n_groups(200)
 
 
@@ -106,9 +106,9 @@ def test_bad_formats_are_named(fields, message):
 def test_wrong_buffers_are_named():
     format = WeightFormat(4, "group", 16)
     _, scale, weight = random_weight(format)
-    with pytest.raises(QuambaError, match="scale .*float32.*expected torch.float16"):
+    with pytest.raises(QuambaError, match=r"scale .*float32.*expected torch\.float16"):
         QuantizedWeight(weight.data, scale.float(), format)
-    with pytest.raises(QuambaError, match="data .*int8"):
+    with pytest.raises(QuambaError, match=r"data .*int8"):
         QuantizedWeight(weight.data.view(torch.int8), scale, format)
     with pytest.raises(QuambaError, match=r"expected torch.float16 \[6, 3\]"):
         QuantizedWeight(weight.data, scale[:, :2], format)
