@@ -82,6 +82,8 @@ def _scaled_sums(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T with int32 sums, exact. a (M, K) int8, b (N, K) int8 -> (M, N) int32."""
+    if a.shape[1] == 1:  # torch._int_mm gives uninitialised memory for it on CPUs (seen in torch 2.13)
+        return a.to(torch.int32) * b.to(torch.int32).t()
     if a.device.type == "cpu":
         return torch._int_mm(a.contiguous(), b.t())
     if a.device.type == "cuda":

@@ -34,7 +34,8 @@ def selective_scan(
 ) -> Tensor:
     """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t;  y_t = (C_t . h_t + D u_t) * silu(z_t)
 
-    delta = softplus(dt + dt_bias), 0 where masked (the state then stays as it is).
+    delta = softplus(dt + dt_bias), 0 where masked (the state then stays as it is); softplus(v) is v for
+    v > 20, as in the published kernels.
     u, dt, z  (B, L, Di) float or int8      A  (Di, N) float, negative
     B, C      (B, L, N) float or int8       D, dt_bias  (Di,) or None
     state     (B, Di, N) int8, float16 or float32, read and overwritten with the final state; None
@@ -125,15 +126,15 @@ def _chunked(
     """
     batch, length, d_inner = delta.shape
     n_state = A.shape[1]
-    if length == 0:
-        return delta_u.new_empty(batch, 0, d_inner), h
+    if delta.numel() == 0:
+        return torch.empty_like(delta), h
     n_chunks = -(-length // CHUNK)
     chunk = -(-length // n_chunks)
     pad = n_chunks * chunk - length
 
     def by_step(t: Tensor) -> Tensor:  # (B, L, F) -> (chunk, B * n_chunks, F); padding has delta = 0
-        t = F.pad(t, (0, 0, 0, pad)).view(batch, n_chunks, chunk, -1)
-        return t.permute(2, 0, 1, 3).reshape(chunk, batch * n_chunks, -1)
+        t = F.pad(t, (0, 0, 0, pad)).view(batch, n_chunks, chunk, t.shape[-1])
+        return t.permute(2, 0, 1, 3).flatten(1, 2)
 
     delta_q, du_q = by_step(delta), by_step(delta_u)
     B_q = by_step(B).transpose(1, 2).unsqueeze(-1).contiguous()  # (chunk, N, B * n_chunks, 1)

@@ -36,7 +36,8 @@ def ssd_scan(
 ) -> Tensor:
     """S_t = exp(delta_t A_h) S_{t-1} + delta_t x_t B_t^T;  y_t = S_t C_t + D_h x_t
 
-    delta = clamp(softplus(dt + dt_bias), dt_limit), 0 where masked (the state then stays as it is).
+    delta = clamp(softplus(dt + dt_bias), dt_limit), 0 where masked (the state then stays as it is);
+    softplus(v) is v for v > 20, as in the published kernels.
     x      (B, L, H * P) float or int8         dt  (B, L, H) float or int8
     B, C   (B, L, G * N) float or int8         A, dt_bias  (H,);  D  (H,) or (H * P,) or None
     state  (B, H, P, N) int8, float16 or float32, read and overwritten with the final state; None
@@ -64,7 +65,7 @@ def ssd_scan(
         out, S = _chunk(
             x_c.unflatten(-1, (ngroups, -1, headdim)),
             delta,
-            (delta * A.to(compute)).cumsum(1),
+            (delta * A.to(compute)).double().cumsum(1),
             B_c.unflatten(-1, (ngroups, d_state)),
             C_c.unflatten(-1, (ngroups, d_state)),
             S,
@@ -128,7 +129,8 @@ def _per_channel(D: Tensor, d_inner: int) -> Tensor:
 def _chunk(x: Tensor, delta: Tensor, decay: Tensor, B: Tensor, C: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """One chunk of Q tokens.
 
-    x (b, Q, G, H/G, P), delta and decay = cumsum(delta A) (b, Q, H), B, C (b, Q, G, N), S (b, H, P, N).
+    x (b, Q, G, H/G, P), delta and decay = cumsum(delta A) (b, Q, H), B, C (b, Q, G, N), S (b, H, P, N);
+    decay is float64, the others of one dtype.
     Returns y (b, Q, H * P) and the state after the chunk.
     """
     batch, length, ngroups, per_head, headdim = x.shape
@@ -136,23 +138,29 @@ def _chunk(x: Tensor, delta: Tensor, decay: Tensor, B: Tensor, C: Tensor, S: Ten
     x_delta = x * delta.unflatten(-1, (ngroups, per_head))[..., None]
     B_g, C_g = B.transpose(1, 2), C.transpose(1, 2)  # (b, G, Q, N)
 
-    # Within the chunk: y_i = sum_{j <= i} (C_i . B_j) exp(decay_i - decay_j) delta_j x_j
-    by_head = decay.transpose(1, 2)  # (b, H, Q)
+    def to_head(t: Tensor) -> Tensor:  # (b, Q, H) -> (b, Q, G, H/G, 1)
+        return t.to(x.dtype).unflatten(-1, (ngroups, per_head))[..., None]
+
+    # Within the chunk: y_i = sum_{j <= i} (C_i . B_j) exp(decay_i - decay_j) delta_j x_j.
+    # Differences of large sums lose digits, so they are taken of multiples of 2^-9 (exact in float32 up to
+    # 2^14), and what is left of each sum multiplies y_i and x_j.
+    coarse = (decay * 512).round() / 512
+    rest = to_head(decay - coarse)
+    by_head = coarse.to(x.dtype).transpose(1, 2)  # (b, H, Q)
     gap = by_head[..., :, None] - by_head[..., None, :]
     future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
     mix = gap.masked_fill_(future, -math.inf).exp_().view(batch, ngroups, per_head, length, length)
     mix = mix * (C_g @ B_g.transpose(-1, -2))[:, :, None]
-    y = mix @ x_delta.permute(0, 2, 3, 1, 4)  # (b, G, H/G, Q, P)
+    y = (mix @ (x_delta * (-rest).exp()).permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4)  # (b, Q, G, H/G, P)
+    y = y * rest.exp()
 
     # From before the chunk: y_i += exp(decay_i) C_i S
-    S_g = S.view(batch, ngroups, per_head * headdim, d_state)
-    carried = (C_g @ S_g.transpose(-1, -2)).view(batch, ngroups, length, per_head, headdim)
-    growth = decay.exp().unflatten(-1, (ngroups, per_head)).transpose(1, 2)
-    y += (carried * growth[..., None]).transpose(2, 3)
+    S_g = S.reshape(batch, ngroups, per_head * headdim, d_state)
+    carried = (C_g @ S_g.transpose(-1, -2)).view(batch, ngroups, length, per_head, headdim).transpose(1, 2)
+    y += carried * to_head(decay.exp())
 
     # The state after it: S <- exp(decay_Q) S + sum_j exp(decay_Q - decay_j) delta_j x_j B_j^T
-    last = decay[:, -1]
-    fade = (last[:, None] - decay).exp().unflatten(-1, (ngroups, per_head))
-    entered = (x_delta * fade[..., None]).flatten(3).permute(0, 2, 3, 1) @ B_g  # (b, G, H/G * P, N)
-    S = S * last.exp()[..., None, None] + entered.view_as(S)
-    return y.permute(0, 3, 1, 2, 4).reshape(batch, length, -1), S
+    last = decay[:, -1:]
+    entered = (x_delta * to_head((last - decay).exp())).flatten(3).permute(0, 2, 3, 1) @ B_g
+    S = S * last.exp().to(x.dtype).transpose(1, 2)[..., None] + entered.reshape(S.shape)
+    return y.flatten(2), S
