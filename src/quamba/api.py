@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,15 @@ from quamba.checkpoints.quantized import is_quantized, read_quantized, write_qua
 from quamba.checkpoints.source import resolve as resolve_source
 from quamba.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from quamba.checkpoints.upstream import write_state_spaces
-from quamba.errors import QuambaError
+from quamba.errors import QuambaError, nearest
 from quamba.models.cache import MambaCache
 from quamba.models.config import ModelConfig
 from quamba.models.lm import MambaLM
 from quamba.quantization.pipeline import Progress, quantize_model
-from quamba.recipes.plan import Plan
+from quamba.recipes.plan import Plan, resolve
 from quamba.recipes.recipe import Recipe, load_recipe
 from quamba.recipes.report import Report
-from quamba.runtime.generate import Generation, generate
+from quamba.runtime.generate import Generation, Prompts, generate
 from quamba.runtime.sampling import SamplingParams
 
 
@@ -39,11 +40,12 @@ class ModelOutput:
 class Model:
     """A network with its tokenizer and its history.
 
-    network    the module tree, float or quantized
-    tokenizer  None where the folder has none and the model family has no known one
-    plan       what the quantization decided; None for a float model
-    report     what quantizing cost and lost; None for a float model or a file without one
-    source     path or hub id of the float model
+    network          the module tree, float or quantized
+    tokenizer        None where the folder has none that can be read and the model family has no known one
+    plan             what the quantization decided; None for a float model
+    report           what quantizing cost and lost; None for a float model or a file without one
+    source           path or hub id of the float model
+    tokenizer_error  why there is no tokenizer; empty if there is one
     """
 
     network: MambaLM
@@ -51,6 +53,7 @@ class Model:
     source: str
     plan: Plan | None = None
     report: Report | None = None
+    tokenizer_error: str = ""
 
     @property
     def config(self) -> ModelConfig:
@@ -73,60 +76,71 @@ class Model:
     def __call__(
         self, input_ids: Tensor, *, cache: MambaCache | None = None, attention_mask: Tensor | None = None
     ) -> ModelOutput:
-        """input_ids (B, L) int64; attention_mask (B, L), 0 or False at left padding. ``cache`` is advanced."""
+        """input_ids (B, L) int64; attention_mask (B, L) 0 or False at left padding; ``cache`` is advanced."""
         mask = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
         return ModelOutput(self.network(input_ids.to(self.device), cache, mask))
 
     @overload
     def generate(
         self,
-        prompts: str | Sequence[str] | Tensor,
+        prompts: Prompts,
         *,
         max_new_tokens: int = ...,
         sampling: SamplingParams | None = ...,
         seed: int | None = ...,
-        stop: Sequence[str] = ...,
+        stop: str | Sequence[str] = ...,
         stream: Literal[False] = ...,
     ) -> list[Generation]: ...
 
     @overload
     def generate(
         self,
-        prompts: str | Sequence[str] | Tensor,
+        prompts: Prompts,
         *,
         max_new_tokens: int = ...,
         sampling: SamplingParams | None = ...,
         seed: int | None = ...,
-        stop: Sequence[str] = ...,
+        stop: str | Sequence[str] = ...,
         stream: Literal[True],
     ) -> Iterator[Tensor]: ...
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Tensor,
+        prompts: Prompts,
         *,
         max_new_tokens: int = 100,
         sampling: SamplingParams | None = None,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         stream: bool = False,
     ) -> list[Generation] | Iterator[Tensor]:
-        """Continue one prompt or a batch; greedy unless ``sampling`` says otherwise (``runtime/generate.py``).
+        """Continue one prompt or a batch, greedily unless ``sampling`` is given (``runtime/generate.py``).
 
-        prompts         text, texts, or ids (L,) or (B, L) int64
-        max_new_tokens  not counting the prompt; a sequence ends earlier at an end-of-text token or a stop text
-        stream          yield the new ids (B,) int64 one step at a time, -1 for sequences that have ended
+        prompts         text, texts, ids (L,) or (B, L) int64, or lists of ids
+        max_new_tokens  not counting the prompt; a sequence ends earlier at an end-of-text token or stop text
+        seed            None: one from torch's global generator
+        stop            texts that end a sequence, or one such text
+        stream          yield the new ids (B,) int64 one step at a time, -1 for sequences that have ended;
+                        ``runtime.stream_text.stream_text`` makes text of them
         """
-        steps = generate(
+        if self.tokenizer is None and (stop or _has_text(prompts)):
+            self.require_tokenizer()
+        run = generate(
             self.network,
             self.tokenizer,
             prompts,
             max_new_tokens=max_new_tokens,
-            sampling=sampling or SamplingParams(),
+            sampling=sampling,
             seed=seed,
             stop=stop,
         )
-        return steps.stream() if stream else steps.collect()
+        return run.stream() if stream else run.collect()
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer, or the error that says why there is none."""
+        if self.tokenizer is None:
+            raise QuambaError(self.tokenizer_error or f"'{self.source}' has no tokenizer.")
+        return self.tokenizer
 
 
 def load(
@@ -144,28 +158,22 @@ def load(
     dtype = dtype or (torch.float16 if target.type == "cuda" else torch.float32)
     if is_quantized(folder):
         stored = read_quantized(folder)
-        network, plan, source = stored.network, stored.plan, stored.source
-        report = stored.report
-        network.set_compute_dtype(dtype)
+        model = Model(stored.network, None, stored.source, stored.plan, stored.report)
     else:
         checkpoint = read_float(folder)
-        network, plan, source, report = (
-            MambaLM.from_tensors(checkpoint.config, checkpoint.tensors),
-            None,
-            str(path_or_id),
-            None,
-        )
-        network.set_compute_dtype(dtype)
+        network = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors)
+        model = Model(network, None, str(path_or_id))
+    model.network.set_compute_dtype(dtype).to(target)
     try:
-        tokenizer: Tokenizer | None = load_tokenizer(folder, network.config, source)
-    except QuambaError:
-        tokenizer = None
-    return Model(network.to(target), tokenizer, source, plan, report)
+        model.tokenizer = load_tokenizer(folder, model.config, str(path_or_id))
+    except QuambaError as error:  # ids need none; whatever needs one raises this
+        model.tokenizer_error = str(error)
+    return model
 
 
 def quantize(
     model: Model,
-    recipe: Recipe | str,
+    recipe: Recipe | str | Path,
     calibration: CalibrationSet | CalibrationSpec | str | Path | None = None,
     *,
     progress: Progress | None = None,
@@ -174,18 +182,18 @@ def quantize(
 
     recipe       a Recipe, the name of a shipped one, or the path of a TOML file
     calibration  texts already chosen, how to choose them, or a path or data set name to choose from
-                 (512 samples of 512 tokens); None: the default data set, or nothing where the recipe needs none
+                 (512 samples of 512 tokens); None: the default data set, nothing if the recipe needs none
     """
     if model.plan is not None:
         raise QuambaError(
             f"'{model.source}' is quantized already ({model.plan.recipe.name}); quantize a float model."
         )
-    if isinstance(recipe, str):
+    if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     texts = _calibration_set(model, recipe, calibration)
     network, plan, report = quantize_model(model.network, recipe, texts, progress)
     network.set_compute_dtype(model.network.lm_head.compute_dtype)
-    return Model(network, model.tokenizer, model.source, plan, report), report
+    return dataclasses.replace(model, network=network, plan=plan, report=report), report
 
 
 def save(model: Model, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -204,21 +212,41 @@ def save(model: Model, folder: str | Path, *, overwrite: bool = False) -> None:
             overwrite=overwrite,
         )
     else:
-        write_state_spaces(folder, model.config, model.network.named_tensors(), overwrite=overwrite)
+        write_state_spaces(
+            folder,
+            model.config,
+            model.network.named_tensors(),
+            tokenizer_files=model.tokenizer.files if model.tokenizer is not None else (),
+            overwrite=overwrite,
+        )
 
 
 def choose_device(device: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one, else the CPU."""
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
     except RuntimeError:
-        raise QuambaError(f"The device is '{device}', expected 'auto', 'cpu', 'cuda' or 'cuda:N'.") from None
-    if target.type == "cuda" and not torch.cuda.is_available():
+        target = None
+    if target is None or target.type not in ("cpu", "cuda"):
         raise QuambaError(
-            "The device 'cuda' was asked for, but torch sees no CUDA device here; use 'cpu' or 'auto'."
+            f"The device is '{device}', expected 'auto', 'cpu', 'cuda' or 'cuda:N'."
+            f"{nearest(str(device), ('auto', 'cpu', 'cuda'))}"
+        )
+    count = torch.cuda.device_count()
+    if target.type == "cuda" and (target.index or 0) >= count:
+        raise QuambaError(
+            f"The device is '{device}', but the number of CUDA devices torch sees here is {count}; "
+            "use 'cpu' or 'auto'."
         )
     return target
+
+
+def _has_text(prompts: Prompts) -> bool:
+    return isinstance(prompts, str) or (
+        not isinstance(prompts, Tensor) and any(isinstance(prompt, str) for prompt in prompts)
+    )
 
 
 def _calibration_set(
@@ -226,14 +254,7 @@ def _calibration_set(
 ) -> CalibrationSet | None:
     if isinstance(calibration, CalibrationSet):
         return calibration
-    from quamba.recipes.plan import resolve
-
-    plan = resolve(recipe, model.config)
-    if not plan.needs_calibration:
+    if not resolve(recipe, model.config).needs_calibration:
         return None
-    if model.tokenizer is None:
-        raise QuambaError(
-            f"Calibration needs a tokenizer, and '{model.source}' has none; put its tokenizer.json into the folder."
-        )
     spec = calibration if isinstance(calibration, CalibrationSpec) else CalibrationSpec(data=calibration)
-    return load_calibration(spec, model.tokenizer)
+    return load_calibration(spec, model.require_tokenizer())

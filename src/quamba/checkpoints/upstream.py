@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,15 @@ def write_state_spaces(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
     *,
+    tokenizer_files: Iterable[Path] = (),
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a float model as ``config.json`` and ``model.safetensors`` in the state-spaces layout.
 
-    tensors  canonical names to tensors, exactly those of ``expected_shapes(config)``; dtypes are kept
-    folder   appears complete or not at all; one that is there and not empty needs ``overwrite``
+    tensors          canonical names to tensors, exactly those of ``expected_shapes(config)``; dtypes are kept
+    tokenizer_files  copied into the folder
+    folder           appears complete or not at all; one that is there and not empty needs ``overwrite``
     """
     fields = config_to_state_spaces(config)
     shapes = expected_shapes(config)
@@ -154,6 +157,8 @@ def write_state_spaces(
             tensor.unsqueeze(1) if name.endswith(".conv1d.weight") else tensor
         )
     with written_beside(folder, overwrite=overwrite) as new:
+        for file in tokenizer_files:
+            shutil.copyfile(file, new / file.name)
         (new / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         write_tensors(new, stored, max_shard_bytes=max_shard_bytes)
 
