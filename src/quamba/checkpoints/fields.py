@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from quamba.errors import QuambaError, nearest, one_of
 
@@ -89,7 +89,7 @@ class ConfigFields:
         return QuambaError(f"'{key}' in {self.where} is {value!r}, expected {expected}.")
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

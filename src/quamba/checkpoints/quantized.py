@@ -147,7 +147,7 @@ def read_quantized(folder: str | Path) -> StoredModel:
     recipe = _parse(f"The recipe {where}", Recipe.from_dict, stored["recipe"])
     plan = resolve(recipe, _model_config(folder, fields))
     dtype = fields.get("dtype")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise one_of(f"'dtype' {where}", dtype, DTYPES)
     network = _empty(plan, DTYPES[dtype])
     _fill(network, open_tensors(folder), folder)
@@ -200,11 +200,11 @@ def _quantization_fields(folder: Path, fields: Mapping[str, Any]) -> dict[str, A
             f"'{folder}' has format version {version}, this release reads up to {FORMAT_VERSION}; "
             "update quamba."
         )
-    for key, kind in _QUANTIZATION_FIELDS.items():
-        if not isinstance(stored.get(key), kind):
+    for key, json_type in _QUANTIZATION_FIELDS.items():
+        if not isinstance(stored.get(key), json_type):
             raise QuambaError(
                 f"'{key}' in the quantization_config of '{folder}' is {stored.get(key)!r}, "
-                f"expected {'an object' if kind is dict else 'a string'}."
+                f"expected {'an object' if json_type is dict else 'a string'}."
             )
     return dict(stored)
 

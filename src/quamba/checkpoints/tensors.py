@@ -226,7 +226,7 @@ class _PickleShard:
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
             raise QuambaError(f"'{path}' holds a {type(content).__name__}, expected tensors by name.")
         self._tensors = {key: value.detach() for key, value in content.items() if isinstance(value, Tensor)}
-        self.values = {key: value for key, value in content.items() if key not in self._tensors}
+        self.values: Mapping[str, Any] = {k: v for k, v in content.items() if k not in self._tensors}
 
     def names(self) -> list[str]:
         return list(self._tensors)

@@ -67,6 +67,8 @@ def quantize_model(
         model = copy.deepcopy(model).set_compute_dtype(torch.float32)
         if plan.folds_norms:
             fuse_norms(model)
+        if plan.embedding is not None:
+            model.untie()
     with clock("head grouping"):
         orders = _group_heads(model, plan, calibration, progress)
         report.head_groups = [order.to_dict() for order in orders.values()]
