@@ -66,7 +66,7 @@ SCALES: list[dict[str, Any]] = [
 
 
 def combinations() -> Iterator[tuple[Any, ...]]:
-    """The full product, but that rotation, which changes no tensor's shape, is left out for one state only."""
+    """The full product, but for the models without rotation, which changes no shape: they have one state."""
     either = (False, True)
     for family, precision, embedding, head, state, rotate, grouped in itertools.product(
         FAMILIES, PRECISIONS, either, either, ("int8", "fp16", "fp32"), either, either
