@@ -1,6 +1,8 @@
-"""What int8 codes may be, given the exact value: nothing but its nearest integers, saturated."""
+"""What rounding may do: int8 codes are the nearest integers, saturated; what it costs in decibels."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -20,3 +22,9 @@ def assert_codes(codes: torch.Tensor, exact: torch.Tensor, slack: float = 2e-5) 
 
 def random_codes(*shape: int, low: int = -128) -> torch.Tensor:
     return torch.randint(low, 128, shape, dtype=torch.int8)
+
+
+def sqnr_db(exact: torch.Tensor, rounded: torch.Tensor) -> float:
+    """10 log10(sum exact^2 / sum (exact - rounded)^2)."""
+    noise = (exact.double() - rounded.double()).square().sum()
+    return 10 * math.log10(float(exact.double().square().sum()) / max(float(noise), 1e-300))

@@ -1,0 +1,89 @@
+"""The cache as a container: copies are copies, rows are rows, and its size is what the formats say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_config, tiny_model
+from variants import calibration_set, random_ids, rounded, shipped
+
+from quamba.models.cache import MambaCache
+from quamba.models.lm import MambaLM
+from quamba.quantization.pipeline import quantize_model
+
+
+def filled(model: MambaLM, batch: int) -> MambaCache:
+    cache = model.new_cache(batch)
+    model(random_ids(model.config, batch, 6), cache)
+    return cache
+
+
+def tensors(cache: MambaCache) -> list[torch.Tensor]:
+    return [t for layer in cache.layers for t in (layer.conv_state, layer.ssm_state)]
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_shapes_and_bytes_of_a_float_cache(family: str) -> None:
+    config = tiny_config(family)
+    cache = tiny_model(config).new_cache(3)
+    per_state = (64, 8) if family == "mamba" else (8, 8, 16)
+    assert [tuple(t.shape) for t in tensors(cache)] == [(3, 3, config.conv_dim), (3, *per_state)] * 2
+    assert all(t.dtype == torch.float32 and not t.any() for t in tensors(cache))
+    states = 64 * 8 if family == "mamba" else 8 * 8 * 16
+    assert cache.nbytes == 2 * 3 * 4 * (3 * config.conv_dim + states)
+    assert cache.batch_size == 3
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize(("recipe", "itemsizes"), [("w8a8", (1, 1)), ("w4a8", (1, 1)), ("w4a16", (4, 2))])
+def test_bytes_of_a_quantized_cache(family: str, recipe: str, itemsizes: tuple[int, int]) -> None:
+    """Behind int8 projections both states are bytes; else the window has the dtype of the floats."""
+    config = tiny_config(family)
+    model, _, _ = quantize_model(
+        tiny_model(config), rounded(shipped(recipe, config)), calibration_set(config)
+    )
+    states = 64 * 8 if family == "mamba" else 8 * 8 * 16
+    assert model.new_cache(2).nbytes == 2 * 2 * (itemsizes[0] * 3 * config.conv_dim + itemsizes[1] * states)
+
+
+def test_clone_is_independent() -> None:
+    model = tiny_model(tiny_config("mamba2"))
+    cache = filled(model, 2)
+    copy, before = cache.clone(), [t.clone() for t in tensors(cache)]
+    expected = model(random_ids(model.config, 2, 3), cache)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(copy), before, strict=True))
+    assert not torch.equal(tensors(cache)[0], before[0])
+    assert torch.equal(model(random_ids(model.config, 2, 3), copy), expected)
+
+
+def test_select_repeats_and_copies_rows() -> None:
+    model = tiny_model(tiny_config("mamba"))
+    cache = filled(model, 3)
+    chosen = cache.select(torch.tensor([2, 0, 0, 2]))
+    assert chosen.batch_size == 4
+    for old, new in zip(tensors(cache), tensors(chosen), strict=True):
+        assert torch.equal(new, torch.stack([old[2], old[0], old[0], old[2]]))
+    before = [t.clone() for t in tensors(cache)]
+    chosen.reset()
+    assert all(torch.equal(a, b) for a, b in zip(tensors(cache), before, strict=True))
+
+
+def test_reset_is_a_new_cache() -> None:
+    model = tiny_model(tiny_config("mamba2"))
+    cache = filled(model, 2)
+    addresses = [t.data_ptr() for t in tensors(cache)]
+    cache.reset()
+    assert [t.data_ptr() for t in tensors(cache)] == addresses
+    ids = random_ids(model.config, 2, 5)
+    assert torch.equal(model(ids, cache), model(ids, model.new_cache(2)))
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_states_stay_where_they_were_allocated(family: str) -> None:
+    """Graph capture needs this."""
+    model = tiny_model(tiny_config(family))
+    cache = model.new_cache(2)
+    addresses = [t.data_ptr() for t in tensors(cache)]
+    for length in (4, 1, 1):
+        model(random_ids(model.config, 2, length), cache)
+    assert [t.data_ptr() for t in tensors(cache)] == addresses
