@@ -1,0 +1,174 @@
+"""``quamba inspect``: the plan as a table, from config files only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quamba.cli.console import Command, mib, table
+from quamba.errors import QuambaError
+
+if TYPE_CHECKING:
+    from quamba.formats.weight import WeightFormat
+    from quamba.recipes.plan import BlockPlan, Plan
+    from quamba.recipes.recipe import Recipe
+
+
+@click.command(cls=Command)
+@click.argument("model", required=False)
+@click.option("--recipe", metavar="NAME|FILE", help="What this recipe would do to a float MODEL.")
+@click.option("--pretrained_dir", metavar="DIR", help="Where MODEL may be found by its name.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(model: str | None, recipe: str | None, pretrained_dir: str | None, as_json: bool) -> None:
+    """Show how a quantized MODEL is stored, or what --recipe does, without loading weights."""
+    from quamba.recipes.recipe import load_recipe
+
+    if model is None:
+        if recipe is None:
+            raise QuambaError("There is nothing to inspect, expected MODEL, --recipe or both.")
+        _print_recipe(load_recipe(recipe), as_json)
+        return
+    from quamba.checkpoints.quantized import is_quantized, read_quantization_config
+    from quamba.checkpoints.source import resolve as resolve_source
+    from quamba.cli.store import find_model
+
+    folder = resolve_source(find_model(model, pretrained_dir), patterns=("config.json",))
+    stored: dict[str, Any] = {}
+    if is_quantized(folder):
+        if recipe is not None:
+            raise QuambaError(f"'{model}' is quantized already, expected a float model with --recipe.")
+        stored = read_quantization_config(folder)
+        plan = _stored_plan(folder, stored)
+    else:
+        plan = _float_plan(folder, None if recipe is None else load_recipe(recipe))
+    rows = plan_rows(plan)
+    size_bytes = sum(row["bytes"] for row in rows)
+    facts = {
+        "model": model,
+        "family": plan.config.family,
+        "recipe": plan.recipe.name,
+        "source": stored.get("source"),
+        "calibration": _described(stored.get("calibration")),
+        "solver": plan.recipe.solver.kind,
+        "rotated": plan.rotate,
+        "percentile_alpha": plan.alpha,
+        "size_mib": round(mib(size_bytes), 3),
+    }
+    if as_json:
+        click.echo(json.dumps({**facts, "plan": rows}, indent=2))
+        return
+    for key, value in facts.items():
+        if value is not None:
+            click.echo(f"{key:<17} {value}")
+    shown = ("part", "precision", "weights", "activations", "state")
+    cells = [[row[key] for key in shown] + [f"{mib(row['bytes']):.2f}"] for row in rows]
+    click.echo(table((*shown, "MiB"), cells))
+
+
+def _stored_plan(folder: Path, stored: dict[str, Any]) -> Plan:
+    from quamba.checkpoints.source import read_json
+    from quamba.models.config import FAMILIES, config_from_dict
+    from quamba.recipes.plan import resolve
+    from quamba.recipes.recipe import Recipe
+
+    fields = read_json(folder / "config.json")
+    family = FAMILIES.get(fields.get("family", ""))
+    sizes = {"family", *(field.name for field in dataclasses.fields(family))} if family else {"family"}
+    config = config_from_dict({key: value for key, value in fields.items() if key in sizes})
+    return resolve(Recipe.from_dict(stored["recipe"]), config)
+
+
+def _float_plan(folder: Path, recipe: Recipe | None) -> Plan:
+    """What the recipe would do; without one, that everything is float."""
+    from quamba.checkpoints.float import read_float_config
+    from quamba.recipes.plan import resolve
+    from quamba.recipes.recipe import Precision, Recipe
+
+    return resolve(recipe or Recipe(name="float", blocks=Precision()), read_float_config(folder))
+
+
+def _described(calibration: dict[str, Any] | None) -> str | None:
+    if not calibration:
+        return None
+    c = calibration
+    return f"{c.get('num')} x {c.get('seqlen')} tokens of {c.get('source')}, seed {c.get('seed')}"
+
+
+def plan_rows(plan: Plan) -> list[dict[str, Any]]:
+    """One row for the embedding, for each run of equal blocks, and for the head; bytes as stored."""
+    sizes = _sizes(plan)
+    rows = [_row("embedding", "", _format(plan.embedding), "", "", sizes.get("backbone.embedding", 0))]
+    start = 0
+    for end in range(1, len(plan.blocks) + 1):
+        if end < len(plan.blocks) and plan.blocks[end] == plan.blocks[start]:
+            continue
+        name = f"block {start}" if end == start + 1 else f"blocks {start}-{end - 1}"
+        size = sum(sizes[f"backbone.layers.{i}"] for i in range(start, end))
+        rows.append(_block_row(name, plan.blocks[start], plan, size))
+        start = end
+    head_input = "int8" if plan.int8_head_input else "float"
+    size = sizes.get("lm_head", 0) + sizes.get("backbone.norm_f", 0)
+    tied = plan.config.tie_embeddings and not plan.folds_norms and plan.embedding is None
+    rows.append(_row("head", "", "the embedding" if tied else _format(plan.head), head_input, "", size))
+    return rows
+
+
+def _block_row(name: str, block: BlockPlan, plan: Plan, size: int) -> dict[str, Any]:
+    from quamba.recipes.plan import projections
+
+    formats: dict[str, list[str]] = {}
+    for projection in projections(plan.config):
+        formats.setdefault(_format(block.weights.get(projection)), []).append(projection)
+    formats.setdefault(_format(block.conv), []).append("conv1d")
+    weights = "; ".join(f"{', '.join(names)}: {format}" for format, names in formats.items())
+    activations = "int8" if block.int8_activations else "float"
+    if block.int8_activations and plan.group_heads is not None:
+        activations += f", {plan.group_heads.heads} x {plan.group_heads.channels} groups"
+    return _row(name, block.label, weights, activations, block.state, size)
+
+
+def _row(
+    part: str, precision: str, weights: str, activations: str, state: str, size_bytes: int
+) -> dict[str, Any]:
+    return {
+        "part": part,
+        "precision": precision,
+        "weights": weights,
+        "activations": activations,
+        "state": state,
+        "bytes": size_bytes,
+    }
+
+
+def _format(format: WeightFormat | None) -> str:
+    if format is None:
+        return "float"
+    scales = f"group {format.group_size}" if format.granularity == "group" else format.granularity
+    return f"int{format.bits} {scales}"
+
+
+def _sizes(plan: Plan) -> dict[str, int]:
+    """Bytes of each block, the embedding, the final norm and the head, floats in float16."""
+    import torch
+
+    from quamba.recipes.skeleton import skeleton
+
+    sizes: dict[str, int] = {}
+    for name, tensor in skeleton(plan).set_compute_dtype(torch.float16).named_tensors().items():
+        parts = name.split(".")
+        depth = {"lm_head": 1, "backbone": 3 if parts[1] == "layers" else 2}[parts[0]]
+        part = ".".join(parts[:depth])
+        sizes[part] = sizes.get(part, 0) + tensor.nbytes
+    return sizes
+
+
+def _print_recipe(recipe: Recipe, as_json: bool) -> None:
+    fields = recipe.to_dict()
+    if as_json:
+        click.echo(json.dumps(fields, indent=2))
+    else:
+        click.echo(table(("field", "value"), [(key, json.dumps(value)) for key, value in fields.items()]))

@@ -1,0 +1,27 @@
+"""The command ``quamba``."""
+
+from __future__ import annotations
+
+import click
+
+from quamba import __version__
+from quamba.cli.console import LazyGroup
+
+_COMMANDS = {
+    "quantize": ("quantize", "Quantize a float model by a recipe and save it."),
+    "evaluate": ("evaluate", "Measure the perplexity of a model, float or quantized."),
+    "generate": ("generate", "Continue a prompt."),
+    "inspect": ("inspect", "Show what is quantized how, without loading weights."),
+    "recipes": ("recipes", "List the shipped recipes."),
+    "demo": ("demo", "Quantize the bundled Mamba2 model, measure it, generate from it."),
+}
+
+
+@click.group(cls=LazyGroup, commands_by_name=_COMMANDS)
+@click.version_option(__version__, prog_name="quamba")
+def main() -> None:
+    """Post-training quantization of Mamba and Mamba2 language models, and running them in integers."""
+
+
+if __name__ == "__main__":
+    main()
