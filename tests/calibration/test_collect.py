@@ -1,4 +1,4 @@
-"""Observers see each leaf's output, its mask and the states after the last token, and nothing stays behind."""
+"""Observers see each leaf's output, its mask and the final states, and nothing of them stays behind."""
 
 from __future__ import annotations
 

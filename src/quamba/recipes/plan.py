@@ -139,7 +139,11 @@ def _block_plan(recipe: Recipe, precision: Precision, config: ModelConfig) -> Bl
 def _weight_format(recipe: Recipe, bits: str, name: str, in_features: int) -> WeightFormat | None:
     if bits == "float":
         return None
-    format = recipe.int4 if bits == "int4" else recipe.int8
+    return _fitting(recipe.int4 if bits == "int4" else recipe.int8, name, in_features)
+
+
+def _fitting(format: WeightFormat, name: str, in_features: int) -> WeightFormat:
+    """The format, if a matrix of so many columns can have it."""
     try:
         format.scale_shape((1, in_features))
         format.data_shape((1, in_features))
@@ -152,8 +156,7 @@ def _table_format(recipe: Recipe, config: ModelConfig) -> WeightFormat | None:
     if recipe.embedding == "float":
         return None
     format = recipe.embedding_int4 if recipe.embedding == "int4" else WeightFormat(8, "channel")
-    format.scale_shape((1, config.d_model))
-    return format
+    return _fitting(format, "embedding", config.d_model)
 
 
 def _check_rotation(what: str, size: int) -> None:

@@ -7,6 +7,7 @@ line, is saved with the model, and is never looked at again once ``resolve`` has
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,20 @@ ALPHA_GROUPED = 0.99999
 def _check(what: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise one_of(what, value, choices)
+
+
+def _check_count(what: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise QuambaError(f"{what} is {value!r}, expected an integer of at least {least}.")
+
+
+def _check_switch(what: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise QuambaError(f"{what} is {value!r}, expected true or false.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +95,10 @@ class HeadGroups:
     heads: int = 4
     channels: int = 4
 
+    def __post_init__(self) -> None:
+        _check_count("The number of head groups", self.heads, 1)
+        _check_count("The number of channel groups", self.channels, 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
@@ -105,6 +124,13 @@ class Solver:
     def __post_init__(self) -> None:
         _check("The solver", self.kind, SOLVERS)
         _check("The solver's scale", self.scale, SCALES)
+        if not _is_number(self.damping) or not 0 <= self.damping < math.inf:
+            raise QuambaError(f"The solver's damping is {self.damping!r}, expected a number of at least 0.")
+        _check_count("The solver's refinements", self.refinements, 0)
+        if self.samples is not None:
+            _check_count("The solver's samples", self.samples, 1)
+        _check_switch("The solver's act_order", self.act_order)
+        _check_switch("The solver's propagate_error", self.propagate_error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,14 +174,17 @@ class Recipe:
             raise QuambaError(
                 f"The recipe has version {self.version}, this release reads version 1; update quamba."
             )
+        if not isinstance(self.name, str) or not self.name:
+            raise QuambaError(f"The recipe's name is {self.name!r}, expected a text.")
         _check("The embedding precision", self.embedding, WEIGHTS)
         _check("The precision of dt_proj", self.dt_proj, ("int4", "int8"))
         _check("conv_scales", self.conv_scales, ACTIVATION_SCALES)
         _check("activation_scales", self.activation_scales, ACTIVATION_SCALES)
+        _check_switch("rotate", self.rotate)
         alpha = self.percentile_alpha
-        if alpha is not None and not 0.5 < alpha <= 1.0:
+        if alpha is not None and not (_is_number(alpha) and 0.5 < alpha <= 1.0):
             raise QuambaError(
-                f"percentile_alpha is {alpha}, expected a share above 0.5 and at most 1.0"
+                f"percentile_alpha is {alpha!r}, expected a share above 0.5 and at most 1.0"
                 " (1.0 is the absolute maximum)."
             )
         for bits, format in ((4, self.int4), (8, self.int8), (4, self.embedding_int4)):
@@ -193,10 +222,13 @@ class Recipe:
         for key in ("blocks", "head"):
             if key in fields:
                 fields[key] = _precision(fields[key])
-        fields["overrides"] = tuple(_override(o) for o in fields.get("overrides", ()))
+        overrides = fields.get("overrides", ())
+        if not isinstance(overrides, list | tuple):
+            raise QuambaError(f"The recipe's overrides are {overrides!r}, expected a list of tables.")
+        fields["overrides"] = tuple(_override(o) for o in overrides)
         for key in ("int4", "int8", "embedding_int4"):
             if key in fields:
-                fields[key] = WeightFormat.from_dict(dict(fields[key]))
+                fields[key] = WeightFormat.from_dict(_build_fields(WeightFormat, key, fields[key]))
         if fields.get("group_heads") is not None:
             fields["group_heads"] = _build(HeadGroups, "group_heads", fields["group_heads"])
         if "solver" in fields:
@@ -258,7 +290,7 @@ def _precision(value: object) -> Precision:
 def _override(value: object) -> Override:
     fields = _build_fields(Override, "override", value)
     blocks = fields.get("blocks")
-    if not isinstance(blocks, list | tuple) or not all(isinstance(b, int) and b >= 0 for b in blocks):
+    if not isinstance(blocks, list | tuple) or not all(type(b) is int and b >= 0 for b in blocks):
         raise QuambaError(
             f"An override's blocks are {blocks!r}, expected a list of block numbers such as [0, 5]."
         )

@@ -1,0 +1,77 @@
+"""What leaves share: scales turn floats into codes, weights can be exchanged, float weights are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quamba.formats.activation import Quantized
+from quamba.formats.weight import QuantizedWeight, WeightFormat
+from quamba.kernels.registry import REFERENCE
+from quamba.modules.leaf import Leaf
+from quamba.modules.linear import Linear
+from quamba.modules.norm import AddNorm, GatedNorm, UnitNorm
+from quamba.modules.rotate import Rotate
+
+
+def test_a_scale_makes_codes() -> None:
+    leaf = Leaf()
+    out = torch.ones(2, dtype=torch.int8)
+    assert leaf.give(out) is out
+    leaf.out_scale = torch.tensor(0.5)
+    given = leaf.give(out)
+    assert isinstance(given, Quantized)
+    assert given.dequantize().tolist() == [0.5, 0.5]
+    assert "out_scale" in leaf.state_dict()
+
+
+def test_set_weight_exchanges_the_parameter() -> None:
+    linear = Linear(4, 3, bias=True)
+    assert linear.float_weight is linear.weight
+    linear.set_weight(QuantizedWeight.empty((3, 4), WeightFormat(4, "channel")))
+    assert set(linear.state_dict()) == {"weight.data", "weight.scale", "bias"}
+    assert [name for name, _ in linear.named_parameters()] == ["bias"]
+    with pytest.raises(AssertionError, match="quantized already"):
+        _ = linear.float_weight
+
+
+def test_leaves_run_on_the_kernels_they_hold() -> None:
+    calls = []
+
+    def counted(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.append("linear")
+        return REFERENCE.linear(*args, **kwargs)
+
+    linear = Linear(4, 3)
+    linear.weight.data.zero_()
+    linear.kernels = type(REFERENCE)(**{**vars(REFERENCE), "name": "counting", "linear": counted})
+    linear(torch.zeros(2, 4))
+    assert calls == ["linear"]
+
+
+def test_rotate_quantizes_with_and_without_rotating() -> None:
+    leaf, x = Rotate(), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    assert leaf(x) is x
+    leaf.out_scale = torch.tensor(1.0)
+    assert leaf(x).codes.tolist() == [[1, 2, 3, 4]]
+    leaf.enabled = True
+    assert leaf(x).codes.tolist() == [[5, -1, -2, 0]]
+    leaf.out_scale = None
+    assert leaf(x).tolist() == [[5.0, -1.0, -2.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_norms_give_the_compute_dtype_and_a_wide_residual(dtype: torch.dtype) -> None:
+    norm = AddNorm(4, 1e-5)
+    norm.weight.data.fill_(1.0)
+    norm.compute_dtype = dtype
+    y, residual = norm(torch.ones(2, 4, dtype=dtype), None)
+    assert y.dtype == dtype
+    assert residual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    norm.out_scale = torch.tensor(0.1)
+    assert norm(torch.ones(2, 4, dtype=dtype), residual)[0].codes.unique().tolist() == [10]
+    unit, gated = UnitNorm(1e-5), GatedNorm(4, 1e-5, ngroups=2, norm_before_gate=False)
+    unit.compute_dtype = gated.compute_dtype = dtype
+    gated.weight.data.fill_(1.0)
+    assert unit(torch.ones(2, 4, dtype=dtype)).dtype == dtype
+    assert gated(torch.ones(2, 4, dtype=dtype), torch.ones(2, 4, dtype=dtype)).dtype == dtype
