@@ -234,3 +234,19 @@ def test_percentile_points_to_absmax() -> None:
         Percentile(MIXED, 4, 1.0)
     with pytest.raises(QuambaError, match="sigma is 0"):
         Percentile(MIXED, 4, 0.5, sigma=0.0)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(96, 1), (192, 2)])
+@pytest.mark.parametrize("alpha", [0.9, 0.9995])
+def test_many_equal_groups_are_each_their_own_quantile(channels: int, size: int, alpha: float) -> None:
+    n_groups = channels // size
+    groups = torch.arange(n_groups).repeat(size)  # interleaved, so that channels must be gathered
+    x = torch.randn(2, 57, channels)
+    x[1, 3, 5] = math.nan
+    observer = Percentile(groups, n_groups, alpha, sigma=1.0)
+    observer.update(x[:1])
+    for g in range(n_groups):
+        expected = torch.quantile(x[0][:, groups == g].abs().double().flatten(), alpha).float()
+        assert observer.value()[g] == expected
+    observer.update(x[1:])
+    assert observer.value().isnan().sum() == 1

@@ -115,7 +115,7 @@ def test_optional_arguments(absent: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("tile", [1, 2 * D_STATE, 7 * D_STATE])
 def test_tiles_of_channels(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The work is cut into tiles of channels, the last one ragged; 33 tokens are two rows of chunks."""
-    monkeypatch.setattr(module, "TILE_ELEMENTS", 2 * tile)
+    monkeypatch.setattr(module, "CPU_TILE_ELEMENTS", 2 * tile)
     args = random_args(1, 33)
     expected, _ = loop(args)
     torch.testing.assert_close(

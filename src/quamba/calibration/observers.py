@@ -23,6 +23,7 @@ from quamba.errors import QuambaError
 # Moving average of the percentile: each further document moves it by this share of the difference.
 EMA_SIGMA = 0.01
 _BLOCK = 16
+_MANY_GROUPS = 64
 
 
 class Observer(Protocol):
@@ -111,7 +112,11 @@ class Percentile:
         # Channels sorted by group, so that a group is a slice: [start, stop) after reordering.
         self._order = torch.argsort(groups, stable=True)
         self._in_order = bool((groups[1:] >= groups[:-1]).all())
-        self._stops = torch.bincount(groups, minlength=n_groups).cumsum(0).tolist()
+        sizes = torch.bincount(groups, minlength=n_groups)
+        self._stops = sizes.cumsum(0).tolist()
+        # Many groups of one size, one a channel say, are ranked together.
+        same = n_groups >= _MANY_GROUPS and bool((sizes == sizes[0]).all()) and int(sizes[0]) > 0
+        self._equal_size = int(sizes[0]) if same else None
         self._mean: Tensor | None = None
         self._n_groups = n_groups
 
@@ -132,6 +137,10 @@ class Percentile:
     def _quantiles(self, magnitudes: Tensor) -> Tensor:
         if not self._in_order:
             magnitudes = magnitudes.index_select(1, self._order)
+        if self._equal_size is not None:
+            return _row_quantiles(
+                magnitudes.unflatten(1, (-1, self._equal_size)).transpose(0, 1).flatten(1), self._alpha
+            )
         found = torch.zeros(self._n_groups, dtype=torch.float32, device=magnitudes.device)
         start = 0
         for group, stop in enumerate(self._stops):
@@ -210,15 +219,28 @@ class StatePercentile:
 
 def _quantile(values: Tensor, alpha: float) -> Tensor:
     """The alpha-quantile of all of values [L, C], sorting only what lies above it."""
-    n = values.numel()
+    k, fraction = _rank(values.numel(), alpha)
+    return _between(_candidates(values, k).topk(k).values, fraction)
+
+
+def _row_quantiles(values: Tensor, alpha: float) -> Tensor:
+    """The alpha-quantile of each row of values [K, n]: [K]."""
+    k, fraction = _rank(values.shape[1], alpha)
+    return _between(values.topk(k, dim=1).values, fraction)
+
+
+def _rank(n: int, alpha: float) -> tuple[int, float]:
+    """k and f: with v in ascending order, the quantile lies f of the way from the k-th largest to the next."""
     position = alpha * (n - 1)
-    below = math.floor(position)
-    k = n - below  # v[below] is the k-th largest value, v[below + 1] the one before
-    top = _candidates(values, k).topk(k).values
-    if top[0].isnan():
-        return top[0]
-    low, high = top[k - 1].double(), top[max(k - 2, 0)].double()
-    return torch.lerp(low, high, position - below).float()
+    return n - math.floor(position), position - math.floor(position)
+
+
+def _between(top: Tensor, fraction: float) -> Tensor:
+    """top [..., k] descending; NaN where the largest is NaN."""
+    k = top.shape[-1]
+    low, high = top[..., k - 1].double(), top[..., max(k - 2, 0)].double()
+    found = torch.lerp(low, high, fraction).float()
+    return torch.where(top[..., 0].isnan(), top[..., 0].float(), found)
 
 
 def _candidates(values: Tensor, k: int) -> Tensor:

@@ -30,9 +30,11 @@ ACTIVATION_SCALES = ("tensor", "channel")
 SOLVERS = ("rtn", "gptq")
 SCALES = ("absmax", "mse")
 
-# Percentile of |x| that the scales of x and of the SSM state cover where --percentile_alpha is not given.
-ALPHA_UNGROUPED = 0.9995
+# Share of |x| that the scales of x cover where no percentile is given. Fewer channels behind a scale need
+# less clipping, and one channel none (docs/notes/activation-scales.md).
+ALPHA_TENSOR = 0.9995
 ALPHA_GROUPED = 0.99999
+ALPHA_CHANNEL = 1.0
 
 
 def _check(what: str, value: object, choices: tuple[str, ...]) -> None:
@@ -118,7 +120,7 @@ class Solver:
     act_order: bool = True
     scale: Literal["absmax", "mse"] = "mse"
     refinements: int = 3
-    propagate_error: bool = False
+    propagate_error: bool = True
     samples: int | None = None
 
     def __post_init__(self) -> None:
@@ -145,8 +147,9 @@ class Recipe:
     conv_scales        int8 conv weights: one scale a "channel" or a "tensor"
     activation_scales  z, dt, the conv's input and output: one scale a "channel" or a "tensor"; sites that
                        feed a matrix product of integers have one scale whatever this says
-    percentile_alpha   share of |x| that the scales of the conv output x and of the SSM state cover;
-                       1.0 is absmax; None: 0.9995, or 0.99999 with group_heads
+    percentile_alpha   share of |x| that the scales of the conv output x (and of a state with one scale a tensor)
+                       cover; 1.0 is absmax; None: 0.9995 with one scale a tensor, 0.99999 with
+                       group_heads, 1.0 with one a channel
     rotate             Hadamard rotation of the residual stream and of the scan output
     group_heads        Mamba2 with int8 activations: sort and cluster heads and channels; None for off
     solver             round to nearest or GPTQ
@@ -201,7 +204,9 @@ class Recipe:
         """percentile_alpha with its default filled in."""
         if self.percentile_alpha is not None:
             return self.percentile_alpha
-        return ALPHA_GROUPED if self.group_heads else ALPHA_UNGROUPED
+        if self.group_heads:
+            return ALPHA_GROUPED
+        return ALPHA_TENSOR if self.activation_scales == "tensor" else ALPHA_CHANNEL
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that ``from_dict`` reads back to an equal recipe."""

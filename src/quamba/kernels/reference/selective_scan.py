@@ -11,8 +11,10 @@ from quamba.kernels.reference.state import read_state, write_state
 
 # Steps of the inner loop. Longer chunks mean more Python steps, shorter ones more chunk states.
 CHUNK = 32
-# Tokens x channels x states worked on at once, so that the three work buffers stay in the caches.
-TILE_ELEMENTS = 1 << 18
+# Tokens x channels x states worked on at once: on a CPU the three work buffers then stay in the caches, elsewhere
+# each step is long enough to hide its launches.
+CPU_TILE_ELEMENTS = 1 << 18
+TILE_ELEMENTS = 1 << 26
 # Tokens taken together; bounds the memory of a long prompt.
 SEGMENT = 2048
 
@@ -141,7 +143,8 @@ def _chunked(
     C_q = by_step(C).transpose(1, 2).unsqueeze(-1).contiguous()
     y = torch.empty(chunk, batch * n_chunks, d_inner, dtype=delta.dtype, device=delta.device)
     h_out = torch.empty_like(h)
-    tile = max(1, TILE_ELEMENTS // (batch * n_chunks * n_state))
+    tile_elements = CPU_TILE_ELEMENTS if A.device.type == "cpu" else TILE_ELEMENTS
+    tile = max(1, tile_elements // (batch * n_chunks * n_state))
     for d in range(0, d_inner, tile):
         cols = slice(d, min(d + tile, d_inner))
         A_t = A[cols].t().unsqueeze(1).contiguous()  # (N, 1, tile)
