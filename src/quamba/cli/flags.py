@@ -32,8 +32,8 @@ class QuantizeFlags:
     """The flags of ``quantize_flags`` as given; None is "not given"."""
 
     quantize: bool = False
-    w_bits: str = "8"
-    a_bits: str = "8"
+    w_bits: int = 8
+    a_bits: int = 8
     group_heads: bool = False
     apply_gptq: bool = False
     quantize_embedding: bool = False
@@ -62,23 +62,10 @@ class QuantizeFlags:
 
 def quantize_flags(function: _Function) -> _Function:
     """Options of main.py and generate.py that say how to quantize and where the result is kept."""
-    bits = "Bits of {}; the pairs are 8 and 8, 4 and 8, 4 and 16."
     options = [
         click.option("--quantize", is_flag=True, help="Quantize a float model, or reuse the stored result."),
-        click.option(
-            "--w_bits",
-            type=NearestChoice(["4", "8"]),
-            default="8",
-            show_default=True,
-            help=bits.format("weights"),
-        ),
-        click.option(
-            "--a_bits",
-            type=NearestChoice(["8", "16"]),
-            default="8",
-            show_default=True,
-            help=bits.format("activations"),
-        ),
+        _bits_option("--w_bits", ["4", "8"], "weights"),
+        _bits_option("--a_bits", ["8", "16"], "activations"),
         click.option(
             "--group_heads", is_flag=True, help="Scales for groups of heads and channels (Mamba2, 8-bit A)."
         ),
@@ -105,6 +92,20 @@ def quantize_flags(function: _Function) -> _Function:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def _bits_option(name: str, choices: list[str], what: str) -> Callable[[_Function], _Function]:
+    def as_int(ctx: click.Context, param: click.Parameter, value: str) -> int:
+        return int(value)
+
+    return click.option(
+        name,
+        type=NearestChoice(choices),
+        callback=as_int,
+        default="8",
+        show_default=True,
+        help=f"Bits of {what}; the pairs are 8 and 8, 4 and 8, 4 and 16.",
+    )
 
 
 def calibration_options() -> list[Callable[[_Function], _Function]]:
@@ -176,17 +177,13 @@ def recipe_from_flags(flags: QuantizeFlags, config: ModelConfig) -> tuple[Recipe
     notes: list[str] = []
     if flags.hybrid_blocks:
         blocks, overrides = _hybrid_precisions(flags, config.n_layer)
-        embedding, head = "int4", Precision(weights="int4", activations="int8")
+        embedding, head = "int4", precision(4, 8)
     else:
         if flags.hybrid_blocks_config is not None:
             raise QuambaError("--hybrid_blocks_config has no effect alone, expected --hybrid_blocks with it.")
-        blocks, overrides = precision(int(flags.w_bits), int(flags.a_bits), flags.state_dtype), {}
+        blocks, overrides = precision(flags.w_bits, flags.a_bits, flags.state_dtype), {}
         embedding = blocks.weights if flags.quantize_embedding else "float"
-        head = (
-            Precision(weights=blocks.weights, activations=blocks.activations)
-            if flags.quantize_lm_head
-            else Precision()
-        )
+        head = precision(flags.w_bits, flags.a_bits) if flags.quantize_lm_head else Precision()
     groups = HeadGroups() if flags.group_heads else None
     if groups is not None and config.family != "mamba2":
         notes.append("--group_heads is ignored: only Mamba2 models have heads.")

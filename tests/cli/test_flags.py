@@ -1,0 +1,122 @@
+"""What the published flags mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_config
+
+from quamba.cli.flags import QuantizeFlags, read_hybrid_blocks, recipe_from_flags, with_state
+from quamba.errors import QuambaError
+from quamba.recipes.plan import resolve
+from quamba.recipes.recipe import HeadGroups, Precision, Recipe, Solver, load_recipe
+
+MAMBA2, MAMBA = tiny_config("mamba2"), tiny_config("mamba")
+
+
+def test_no_flags_are_w8a8_with_float_tables() -> None:
+    recipe, notes = recipe_from_flags(QuantizeFlags(), MAMBA2)
+    assert recipe == Recipe(
+        name="w8a8",
+        blocks=Precision(weights="int8", activations="int8", state="int8"),
+        solver=Solver(kind="rtn"),
+    )
+    assert notes == []
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8", "w4a16"])
+def test_the_flags_of_the_zoo_are_the_shipped_recipes(name: str) -> None:
+    w_bits, a_bits = int(name[1]), int(name[3:])
+    flags = QuantizeFlags(
+        w_bits=w_bits,
+        a_bits=a_bits,
+        apply_gptq=w_bits == 4,
+        group_heads=a_bits == 8,
+        quantize_embedding=True,
+        quantize_lm_head=True,
+    )
+    assert recipe_from_flags(flags, MAMBA2)[0] == load_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("a_bits", "config", "reason"), [(16, MAMBA2, "16-bit activations"), (8, MAMBA, "only Mamba2")]
+)
+def test_head_groups_are_ignored_aloud(a_bits: int, config: object, reason: str) -> None:
+    recipe, (note,) = recipe_from_flags(QuantizeFlags(w_bits=4, a_bits=a_bits, group_heads=True), config)
+    assert recipe.group_heads is None
+    assert reason in note
+
+
+def test_an_unsupported_pair_is_refused() -> None:
+    with pytest.raises(QuambaError, match="w_bits 8 with a_bits 16 is no supported pair"):
+        recipe_from_flags(QuantizeFlags(a_bits=16), MAMBA2)
+
+
+def test_state_and_percentile_reach_the_recipe() -> None:
+    flags = QuantizeFlags(w_bits=4, state_dtype="fp32", percentile_alpha=0.999)
+    recipe, _ = recipe_from_flags(flags, MAMBA2)
+    assert (recipe.blocks.state, recipe.percentile_alpha) == ("fp32", 0.999)
+
+
+def _hybrid(tmp_path: Path, labels: object) -> QuantizeFlags:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(labels))
+    return QuantizeFlags(hybrid_blocks=True, hybrid_blocks_config=str(path), group_heads=True)
+
+
+def test_hybrid_blocks_become_overrides(tmp_path: Path) -> None:
+    config = tiny_config("mamba2", n_layer=4)
+    labels = ["W4A8", "W4A16", "W4A8", "W8A8"]
+    recipe, notes = recipe_from_flags(_hybrid(tmp_path, labels), config)
+    assert [block.label for block in resolve(recipe, config).blocks] == labels
+    assert (recipe.name, recipe.embedding, recipe.head.label) == ("w4ax", "int4", "W4A8")
+    assert recipe.group_heads == HeadGroups()
+    assert notes == []
+
+
+def test_the_state_flag_reaches_every_hybrid_block(tmp_path: Path) -> None:
+    import dataclasses
+
+    flags = dataclasses.replace(_hybrid(tmp_path, ["W4A8", "W4A16"]), state_dtype="fp32")
+    plan = resolve(recipe_from_flags(flags, MAMBA2)[0], MAMBA2)
+    assert [block.state for block in plan.blocks] == ["fp32", "fp32"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        (["W4A8"], "has 1 entries, expected 2"),
+        (["W4A8"] * 3, "has 3 entries, expected 2"),
+        (["W4A8", "W4A6"], "Entry 1 .* is 'W4A6', expected one of .* Did you mean 'W4A"),
+        ({"0": "W4A8"}, "holds a JSON dict, expected a list"),
+    ],
+)
+def test_a_wrong_hybrid_configuration_is_refused(tmp_path: Path, labels: object, sentence: str) -> None:
+    with pytest.raises(QuambaError, match=sentence):
+        recipe_from_flags(_hybrid(tmp_path, labels), MAMBA2)
+
+
+def test_hybrid_flags_need_each_other() -> None:
+    with pytest.raises(QuambaError, match="--hybrid_blocks needs --hybrid_blocks_config FILE"):
+        recipe_from_flags(QuantizeFlags(hybrid_blocks=True), MAMBA2)
+    with pytest.raises(QuambaError, match="expected --hybrid_blocks with it"):
+        recipe_from_flags(QuantizeFlags(hybrid_blocks_config="c.json"), MAMBA2)
+
+
+def test_the_published_hybrid_configuration(repo_root: Path) -> None:
+    path = repo_root / "configs" / "hybrid" / "mamba2-8b" / "hybrid_blocks_config.json"
+    labels = read_hybrid_blocks(path, 56)
+    sixteen = [0, 4, 5, 9, 10, 17, 21, 22, 28, 33, 35, 48, 49, 54]
+    assert [i for i, label in enumerate(labels) if label == "W4A16"] == sixteen
+    assert labels.count("W4A8") == 42
+
+
+def test_with_state_changes_overrides_too() -> None:
+    recipe = Recipe.from_dict(
+        {"name": "x", "blocks": "W4A8", "overrides": [{"blocks": [0], "precision": "W4A16"}]}
+    )
+    changed = with_state(recipe, "fp32")
+    assert (changed.blocks.state, changed.overrides[0].precision.state) == ("fp32", "fp32")
+    assert with_state(recipe, None) is recipe
