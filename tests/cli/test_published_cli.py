@@ -59,6 +59,14 @@ def test_what_a_log_says(run: Run, here: Path) -> None:
     assert log["size_mib"] > 0
 
 
+def test_a_quantized_model_is_never_logged_as_fp16(run: Run, here: Path) -> None:
+    assert run(main, "mamba2-tiny", *QUANTIZE, "--pretrained_dir", "p").exit_code == 0
+    (here / "p" / "ut-enyac" / NAME).rename(here / "mine")
+    assert run(main, "mine", *PPL, "--log_dir", "logs").exit_code == 0
+    (path,) = (here / "logs").iterdir()
+    assert path.name.startswith("mine-")
+
+
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [

@@ -50,8 +50,12 @@ def command(full: bool, assets: str | None, output: str, as_json: bool, verbose:
     folder = _assets(assets)
     from quamba.api import load
     from quamba.calibration.data import CalibrationSpec, load_calibration
+    from quamba.cli.store import check_replaceable
     from quamba.evaluation.texts import load_text
 
+    targets = {name: Path(output) / f"quamba2-demo-{name}" for name in RECIPES}
+    for target in targets.values():
+        check_replaceable(target, force=True)
     max_windows, samples = FULL if full else SLICE
     source = folder / "models" / MODEL
     text = load_text(folder / "data" / "heldout.txt")
@@ -64,16 +68,14 @@ def command(full: bool, assets: str | None, output: str, as_json: bool, verbose:
         rows = [row]
         calibration = load_calibration(spec, model.tokenizer)
         writer = None
-        for name in RECIPES:
+        for name, target in targets.items():
             say(f"Quantizing to {name.upper()}.")
-            target = Path(output) / f"quamba2-demo-{name}"
             seconds = _quantize(model, name, calibration, target, progress)
             small = load(target)
             writer = small if name == "w4a8" else writer
             rows.append(_measure(small, target, name.upper(), seconds, text, max_windows, progress)[0])
     assert writer is not None
     story = writer.generate(PROMPT, max_new_tokens=120, sampling=_sampling(), seed=SEED)[0].text
-    written = Path(output) / "quamba2-demo-w4a8"
     if as_json:
         fields = {"rows": [asdict(row) for row in rows], "scored": sentence, "text": PROMPT + story}
         click.echo(json.dumps(fields, indent=2))
@@ -84,7 +86,7 @@ def command(full: bool, assets: str | None, output: str, as_json: bool, verbose:
     click.echo(f"Calibrated on {calibration.description}.")
     if not full:
         click.echo("A slice, to be quick; `make demo FULL=1` or `quamba demo --full` does it all.")
-    click.echo(f"\nWritten by '{written}' (W4A8), reloaded from disk:\n\n{PROMPT}{story}")
+    click.echo(f"\nWritten by '{targets['w4a8']}' (W4A8), reloaded from disk:\n\n{PROMPT}{story}")
 
 
 def _quantize(
@@ -92,9 +94,7 @@ def _quantize(
 ) -> float:
     """Quantize and save; wall seconds, saving included."""
     from quamba.api import quantize, save
-    from quamba.cli.store import check_replaceable
 
-    check_replaceable(target, force=True)
     start = time.perf_counter()
     small, _ = quantize(model, recipe, calibration, progress=progress)
     save(small, target, overwrite=True)
