@@ -59,7 +59,8 @@ def test_dt_proj_has_its_own_width() -> None:
 
 def test_groups_are_for_mamba2_with_int8_activations() -> None:
     assert resolve(load_recipe("w8a8"), tiny_config("mamba")).group_heads is None
-    assert resolve(load_recipe("w8a8"), tiny_config("mamba")).alpha == 0.9995
+    assert resolve(load_recipe("w8a8"), tiny_config("mamba")).alpha == 1.0
+    assert resolve(load_recipe("quamba1-w8a8"), tiny_config("mamba")).alpha == 0.9995
     plan = resolve(load_recipe("w8a8"), tiny_config("mamba2"))
     assert (plan.group_heads, plan.state_groups, plan.alpha) == (HeadGroups(), 16, 0.99999)
     weight_only = load_recipe("w4a16").replace(group_heads=HeadGroups())

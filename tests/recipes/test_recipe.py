@@ -89,7 +89,12 @@ def test_toml_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "alpha"),
-    [({}, 0.9995), ({"group_heads": {}}, 0.99999), ({"percentile_alpha": 0.75, "group_heads": {}}, 0.75)],
+    [
+        ({}, 1.0),  # one channel has no tail to cut
+        ({"activation_scales": "tensor"}, 0.9995),
+        ({"group_heads": {}}, 0.99999),
+        ({"percentile_alpha": 0.75, "group_heads": {}}, 0.75),
+    ],
 )
 def test_default_percentile(changes: dict[str, object], alpha: float) -> None:
     assert Recipe.from_dict({**BASE, **changes}).alpha == alpha
