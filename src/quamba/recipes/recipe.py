@@ -147,8 +147,8 @@ class Recipe:
     conv_scales        int8 conv weights: one scale a "channel" or a "tensor"
     activation_scales  z, dt, the conv's input and output: one scale a "channel" or a "tensor"; sites that
                        feed a matrix product of integers have one scale whatever this says
-    percentile_alpha   share of |x| that the scales of the conv output x (and of a state with one scale a tensor)
-                       cover; 1.0 is absmax; None: 0.9995 with one scale a tensor, 0.99999 with
+    percentile_alpha   share of |x| that the scales of the conv output x (and of a state with one scale a
+                       tensor) cover; 1.0 is absmax; None: 0.9995 with one scale a tensor, 0.99999 with
                        group_heads, 1.0 with one a channel
     rotate             Hadamard rotation of the residual stream and of the scan output
     group_heads        Mamba2 with int8 activations: sort and cluster heads and channels; None for off

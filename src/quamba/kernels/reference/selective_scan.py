@@ -11,8 +11,8 @@ from quamba.kernels.reference.state import read_state, write_state
 
 # Steps of the inner loop. Longer chunks mean more Python steps, shorter ones more chunk states.
 CHUNK = 32
-# Tokens x channels x states worked on at once: on a CPU the three work buffers then stay in the caches, elsewhere
-# each step is long enough to hide its launches.
+# Tokens x channels x states worked on at once: on a CPU the three work buffers then stay in the caches,
+# elsewhere each step is long enough to hide its launches.
 CPU_TILE_ELEMENTS = 1 << 18
 TILE_ELEMENTS = 1 << 26
 # Tokens taken together; bounds the memory of a long prompt.
