@@ -46,7 +46,9 @@ def _sequences(batches: Iterable[Batch]) -> list[Tensor]:
     found: list[Tensor] = []
     for ids, mask in batches:
         for row in range(ids.shape[0]):
-            if ids.shape[1] >= TOKENS_PER_SEQUENCE and (mask is None or mask[row, -TOKENS_PER_SEQUENCE:].all()):
+            if ids.shape[1] >= TOKENS_PER_SEQUENCE and (
+                mask is None or mask[row, -TOKENS_PER_SEQUENCE:].all()
+            ):
                 found.append(ids[row, -TOKENS_PER_SEQUENCE:])
             if len(found) == MAX_SEQUENCES:
                 return found

@@ -162,7 +162,9 @@ def _quantize_embedding(model: MambaLM, plan: Plan, calibration: Batches | None)
     assert format is not None
     line = {"name": "embedding", "bits": format.bits, "granularity": format.granularity}
     if plan.recipe.solver.kind == "rtn" or format.bits == 8 or calibration is None:
-        table.set_weight(nearest(table.weight, format, plan.recipe.solver.scale if format.bits == 4 else "absmax"))
+        table.set_weight(
+            nearest(table.weight, format, plan.recipe.solver.scale if format.bits == 4 else "absmax")
+        )
         return line
     metric = loss_metric(model, calibration.batches())
     weight, losses = solve(table.weight, metric, format, solver_config(plan.recipe.solver))
