@@ -27,7 +27,9 @@ HEADER = f"{'model':12} {'precision':10} {'MiB':>6} {'perplexity':>10} {'quantiz
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--models", nargs="+", default=["mamba2-demo", "mamba-demo"])
     parser.add_argument("--recipes", nargs="+", default=["w8a8", "w4a8", "w4a16"])

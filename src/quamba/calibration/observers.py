@@ -230,7 +230,7 @@ def _row_quantiles(values: Tensor, alpha: float) -> Tensor:
 
 
 def _rank(n: int, alpha: float) -> tuple[int, float]:
-    """k and f: with v in ascending order, the quantile lies f of the way from the k-th largest to the next."""
+    """k and f: in ascending order, the quantile lies f of the way from the k-th largest to the next."""
     position = alpha * (n - 1)
     return n - math.floor(position), position - math.floor(position)
 

@@ -55,6 +55,11 @@ class QuantizeFlags:
         return cls(**{field.name: options.pop(field.name) for field in dataclasses.fields(cls)})
 
     @property
+    def beyond_first_paper(self) -> bool:
+        """Whether they ask for anything that only the second paper has."""
+        return self.group_heads or self.apply_gptq or self.quantize_embedding or self.quantize_lm_head
+
+    @property
     def label(self) -> str:
         """``w4a8`` and the like; ``w4aX`` for hybrid blocks: names of recipes, folders and logs."""
         return "w4aX" if self.hybrid_blocks else f"w{self.w_bits}a{self.a_bits}"
@@ -134,8 +139,9 @@ def percentile_option() -> Callable[[_Function], _Function]:
         "--percentile_alpha",
         type=float,
         metavar="A",
-        help="Share of |x| that the scales of the scan's input and state cover; 1.0 is the absolute maximum."
-        " Default: 0.99999 with head groups, else 0.9995.",
+        help="Share of |x| that the scales of the scan's input x cover; 1.0 is the absolute maximum. Default:"
+        " 0.99999 with head groups, 0.9995 in the setting of the first paper (Mamba1, W8A8, no other flag),"
+        " else 1.0, since x then has one scale a channel.",
     )
 
 
@@ -168,11 +174,13 @@ def seed_option() -> Callable[[_Function], _Function]:
 
 
 def recipe_from_flags(flags: QuantizeFlags, config: ModelConfig) -> tuple[Recipe, list[str]]:
-    """The recipe that the flags mean for a model of this config, and what they said in vain.
+    """The recipe that the flags mean for a model of this config, and what the user should know of it.
 
-    With --hybrid_blocks, embedding and head are W4A8 whatever the other flags say, as published.
+    Mamba1 with 8-bit weights and activations and nothing else is the setting of the first paper, recipe
+    ``quamba1-w8a8``. With --hybrid_blocks, embedding and head are W4A8 whatever the other flags say, as
+    published.
     """
-    from quamba.recipes.recipe import HeadGroups, Precision, Recipe, Solver, precision
+    from quamba.recipes.recipe import HeadGroups, Precision, Recipe, Solver, load_recipe, precision
 
     notes: list[str] = []
     if flags.hybrid_blocks:
@@ -184,6 +192,14 @@ def recipe_from_flags(flags: QuantizeFlags, config: ModelConfig) -> tuple[Recipe
         blocks, overrides = precision(flags.w_bits, flags.a_bits, flags.state_dtype), {}
         embedding = blocks.weights if flags.quantize_embedding else "float"
         head = precision(flags.w_bits, flags.a_bits) if flags.quantize_lm_head else Precision()
+        if config.family == "mamba" and flags.label == "w8a8" and not flags.beyond_first_paper:
+            notes.append(
+                "These flags are the first paper's setting (recipe quamba1-w8a8); "
+                "'quamba quantize --recipe w8a8' is more accurate."
+            )
+            paper = load_recipe("quamba1-w8a8")
+            alpha = paper.percentile_alpha if flags.percentile_alpha is None else flags.percentile_alpha
+            return paper.replace(blocks=blocks, percentile_alpha=alpha), notes
     groups = HeadGroups() if flags.group_heads else None
     if groups is not None and config.family != "mamba2":
         notes.append("--group_heads is ignored: only Mamba2 models have heads.")

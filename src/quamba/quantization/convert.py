@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from quamba.calibration.sites import BlockScales
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.models.lm import Block
+from quamba.models.mamba1 import MambaMixer
 from quamba.quantization.rtn import absmax_scale, mse_scale, round_to_nearest
 from quamba.recipes.plan import BlockPlan
 from quamba.recipes.skeleton import set_flags
@@ -23,9 +24,9 @@ def set_block_formats(block: Block, plan: BlockPlan, scales: BlockScales) -> Non
     for leaf, scale in scales.activations.items():
         block.get_submodule(leaf).out_scale = scale
     if plan.conv is not None:
-        mixer.conv1d.set_weight(nearest(mixer.conv1d.weight, plan.conv))
-    if plan.int8_activations and "x_proj" in plan.weights:
-        folded = mixer.x_proj.weight * scales.activations["mixer.conv1d"]
+        mixer.conv1d.set_weight(nearest(mixer.conv1d.float_weight, plan.conv))
+    if plan.int8_activations and isinstance(mixer, MambaMixer):
+        folded = mixer.x_proj.float_weight * scales.activations["mixer.conv1d"]
         mixer.x_proj.weight = nn.Parameter(folded, requires_grad=False)
     mixer.ssm.state_scale, mixer.ssm.state_group = scales.state_scale, scales.state_group
 

@@ -14,11 +14,13 @@ from torch import Tensor
 from quamba.calibration.collect import Batch, StateWatch, Watch, collect
 from quamba.calibration.observers import AbsMax, ChannelMean
 from quamba.calibration.sites import BlockObservers, BlockScales, scale_of
+from quamba.models.config import Mamba2Config
 from quamba.models.lm import MambaLM
+from quamba.models.mamba2 import Mamba2Mixer
 from quamba.quantization.convert import nearest, set_block_formats
 from quamba.quantization.embedding import loss_metric
 from quamba.quantization.gptq import solve
-from quamba.quantization.solve import BlockSolver, solver_config
+from quamba.quantization.solve import ProjectionSolver, report_line, solver_config
 from quamba.recipes.plan import Plan, resolve
 from quamba.recipes.recipe import Recipe
 from quamba.recipes.report import Report
@@ -89,6 +91,7 @@ def _group_heads(
     if plan.group_heads is None:
         return {}
     config = plan.config
+    assert isinstance(config, Mamba2Config)
     observers = {i: ChannelMean(config.d_inner, model.device) for i in range(config.n_layer)}
     watches = [
         Watch(f"backbone.layers.{i}.mixer.conv1d", slice(0, config.d_inner), observer)
@@ -99,7 +102,9 @@ def _group_heads(
     for i, observer in observers.items():
         stats = observer.value().view(config.ngroups, -1, config.headdim)
         orders[i] = group_heads(stats, plan.group_heads.heads, plan.group_heads.channels)
-        reorder(model.backbone.layers[i].mixer, orders[i])
+        mixer = model.blocks[i].mixer
+        assert isinstance(mixer, Mamba2Mixer)
+        reorder(mixer, orders[i])
     return orders
 
 
@@ -140,36 +145,35 @@ def _quantize_weights(
 ) -> None:
     """Embedding, blocks in order, head. Each solver sees what the quantized layers before it give."""
     progress.stage("Weights", len(plan.blocks) + 1)
-    float_model = copy.deepcopy(model) if plan.recipe.solver.propagate_error else None
+    solver = plan.recipe.solver
+    float_model = copy.deepcopy(model) if solver.kind == "gptq" and solver.propagate_error else None
     if plan.embedding is not None:
         report.layers.append(_quantize_embedding(model, plan, calibration))
-    solver = BlockSolver(model, float_model, plan.recipe.solver, calibration)
-    for i, block in enumerate(model.backbone.layers):
+    projections = ProjectionSolver(model, float_model, solver, calibration)
+    for i, block in enumerate(model.blocks):
         set_block_formats(block, plan.blocks[i], blocks[i])
         for name, format in plan.blocks[i].weights.items():
-            report.layers.append(solver.solve_projection(i, name, format))
-        solver.advance(i)
+            report.layers.append(projections.solve_projection(i, name, format))
+        projections.advance(i)
         progress.step()
     model.backbone.norm_f.out_scale = head_scale
     if plan.head is not None:
-        report.layers.append(solver.solve_head(plan.head))
+        report.layers.append(projections.solve_head(plan.head))
     progress.step()
 
 
 def _quantize_embedding(model: MambaLM, plan: Plan, calibration: Batches | None) -> dict[str, Any]:
     """Rows rounded for what their errors cost in loss, or to nearest; a line for the report."""
-    table, format = model.backbone.embedding, plan.embedding
+    table, format, solver = model.backbone.embedding, plan.embedding, plan.recipe.solver
     assert format is not None
-    line = {"name": "embedding", "bits": format.bits, "granularity": format.granularity}
-    if plan.recipe.solver.kind == "rtn" or format.bits == 8 or calibration is None:
-        table.set_weight(
-            nearest(table.weight, format, plan.recipe.solver.scale if format.bits == 4 else "absmax")
-        )
-        return line
+    if solver.kind == "rtn" or format.bits == 8 or calibration is None:
+        scale = solver.scale if format.bits == 4 else "absmax"
+        table.set_weight(nearest(table.float_weight, format, scale))
+        return report_line("embedding", format)
     metric = loss_metric(model, calibration.batches())
-    weight, losses = solve(table.weight, metric, format, solver_config(plan.recipe.solver))
+    weight, losses = solve(table.float_weight, metric, format, solver_config(solver))
     table.set_weight(weight)
-    return {**line, "relative_loss_rtn": losses.rtn, "relative_loss": losses.gptq}
+    return report_line("embedding", format, losses.rtn, losses.gptq)
 
 
 def _watch(
