@@ -9,7 +9,8 @@ from rounding import assert_codes, random_codes
 
 from quamba.formats.activation import Quantized
 from quamba.formats.weight import QuantizedWeight, WeightFormat
-from quamba.kernels.reference.linear import SLAB_ROWS, int_matmul, linear
+from quamba.kernels.reference.linear import int_matmul, linear
+from quamba.kernels.reference.slabs import CPU_ROWS
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -108,7 +109,7 @@ def test_any_scales(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int8-channel", "int4-group"])
-@pytest.mark.parametrize("rows", [SLAB_ROWS - 1, SLAB_ROWS, SLAB_ROWS + 1, 2 * SLAB_ROWS + 1])
+@pytest.mark.parametrize("rows", [CPU_ROWS - 1, CPU_ROWS, CPU_ROWS + 1, 2 * CPU_ROWS + 1])
 def test_slab_borders(name: str, rows: int) -> None:
     format = FORMATS[name]
     weight = random_weight(5, 16, format, dyadic(*format.scale_shape((5, 16))))

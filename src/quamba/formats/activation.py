@@ -54,5 +54,12 @@ def rows(x: Activation, start: int, stop: int, dim: int) -> Activation:
     return x.narrow(dim, start, stop - start)
 
 
+def flatten_rows(x: Activation) -> Activation:
+    """(..., C) -> (tokens, C)."""
+    if isinstance(x, Quantized):
+        return Quantized(x.codes.reshape(-1, x.codes.shape[-1]), x.scale)
+    return x.reshape(-1, x.shape[-1])
+
+
 def shape_of(x: Activation) -> torch.Size:
     return x.codes.shape if isinstance(x, Quantized) else x.shape

@@ -9,10 +9,7 @@ from torch import Tensor
 from quamba.formats.activation import Activation, Quantized
 from quamba.formats.weight import QuantizedWeight
 from quamba.kernels.reference.quantize import quantize_or_cast
-
-# Rows of the activation worked on at a time: a slab of int32 sums and its float image then stay
-# in the caches between the product, the scaling and the rounding.
-SLAB_ROWS = 512
+from quamba.kernels.reference.slabs import slabs
 
 
 def linear(
@@ -57,12 +54,11 @@ def linear(
         dtype=torch.int8 if out_scale is not None else out_dtype,
         device=codes.device,
     )
-    for start in range(0, codes.shape[0], SLAB_ROWS):
-        slab = codes[start : start + SLAB_ROWS]
-        y = _scaled_sums(slab, w, weight.scale).mul_(x_scale)
+    for start, stop in slabs(codes.shape[0], codes.device):
+        y = _scaled_sums(codes[start:stop], w, weight.scale).mul_(x_scale)
         if bias is not None:
             y += bias
-        out[start : start + SLAB_ROWS] = quantize_or_cast(y, out_scale, out_dtype)
+        out[start:stop] = quantize_or_cast(y, out_scale, out_dtype)
     return out.view(*x.codes.shape[:-1], w.shape[0])
 
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quamba.formats.activation import Activation, as_float
+from quamba.formats.activation import Activation, as_float, flatten_rows, rows
 from quamba.kernels.reference.quantize import quantize_or_cast
+from quamba.kernels.reference.slabs import slabs
 
 
 def add_norm(
@@ -68,14 +69,19 @@ def gated_rms_norm(
     y (..., C) float, z (..., C) float or int8, weight (C,) or None; the mean runs over groups of
     ``group_size`` neighbouring channels. Returns (..., C) out_dtype. (Mamba2 paper, section 7.)
     """
-    v = y if y.dtype == torch.float64 else y.float()
-    gate = F.silu(as_float(z, v.dtype))
-    if not norm_before_gate:
-        v = v * gate
-    grouped = v.unflatten(-1, (-1, group_size))
-    v = (grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)).flatten(-2)
-    if weight is not None:
-        v = v * weight.to(v.dtype)
-    if norm_before_gate:
-        v = v * gate
-    return v.to(out_dtype)
+    flat, gate = y.reshape(-1, y.shape[-1]), flatten_rows(z)
+    out = torch.empty(flat.shape, dtype=out_dtype, device=y.device)
+    for start, stop in slabs(flat.shape[0], flat.device):
+        v = flat[start:stop]
+        v = v if v.dtype == torch.float64 else v.float()
+        g = F.silu(as_float(rows(gate, start, stop, 0), v.dtype))
+        if not norm_before_gate:
+            v = v * g
+        grouped = v.unflatten(-1, (-1, group_size))
+        v = (grouped * torch.rsqrt((grouped * grouped).mean(-1, keepdim=True) + eps)).flatten(-2)
+        if weight is not None:
+            v = v * weight.to(v.dtype)
+        if norm_before_gate:
+            v = v * g
+        out[start:stop] = v
+    return out.view(y.shape)
