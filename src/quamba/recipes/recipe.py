@@ -262,7 +262,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def precision(weight_bits: int, activation_bits: int, state: str | None = None) -> Precision:
-    """The published pairs 8/8, 4/8 and 4/16. The state is int8 with int8 activations, else fp16."""
+    """The published pairs 8/8, 4/8 and 4/16. The state is fp16 unless given (docs/notes/state-precision.md)."""
     if (weight_bits, activation_bits) not in ((8, 8), (4, 8), (4, 16)):
         raise QuambaError(
             f"w_bits {weight_bits} with a_bits {activation_bits} is no supported pair;"
@@ -272,15 +272,15 @@ def precision(weight_bits: int, activation_bits: int, state: str | None = None) 
     return Precision(
         weights=f"int{weight_bits}",
         activations=activations,
-        state=state or ("int8" if activations == "int8" else "fp16"),
+        state=state or "fp16",
     )
 
 
 _LABELS = {
-    "W8A8": Precision(weights="int8", activations="int8", state="int8"),
-    "W4A8": Precision(weights="int4", activations="int8", state="int8"),
-    "W4A16": Precision(weights="int4", activations="float", state="fp16"),
-    "FP16": Precision(weights="float", activations="float", state="fp16"),
+    "W8A8": Precision(weights="int8", activations="int8"),
+    "W4A8": Precision(weights="int4", activations="int8"),
+    "W4A16": Precision(weights="int4", activations="float"),
+    "FP16": Precision(weights="float", activations="float"),
 }
 
 
