@@ -13,7 +13,7 @@ from quamba.kernels.reference.state import read_state, write_state
 CHUNK = 32
 # Tokens x channels x states worked on at once: on a CPU the three work buffers then stay in the caches,
 # elsewhere each step is long enough to hide its launches.
-CPU_TILE_ELEMENTS = 1 << 18
+CPU_TILE_ELEMENTS = 1 << 20
 TILE_ELEMENTS = 1 << 26
 # Tokens taken together; bounds the memory of a long prompt.
 SEGMENT = 2048
