@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -47,14 +48,19 @@ def answers(model: quamba.Model) -> list[tuple[list[int], str]]:
     return [(answer.ids, answer.text) for answer in found]
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "w4a16"])
+@pytest.mark.parametrize(
+    ("recipe", "state"),
+    [("w8a8", "int8"), ("w4a8", "int8"), ("w8a8", "fp16"), ("w4a8", "fp16"), ("w4a16", "fp16")],
+)
 def test_quantize_save_and_load_give_the_same_bits(
-    folder: Path, calibration: CalibrationSpec, tmp_path: Path, recipe: str
+    folder: Path, calibration: CalibrationSpec, tmp_path: Path, recipe: str, state: str
 ) -> None:
     model = quamba.load(folder)
     before = model(IDS).logits
     groups = WeightFormat(4, "group", 16)  # the shipped 128 is wider than this model
-    fitting = quamba.load_recipe(recipe).replace(int4=groups, embedding_int4=groups)
+    shipped = quamba.load_recipe(recipe)
+    blocks = dataclasses.replace(shipped.blocks, state=state)
+    fitting = shipped.replace(blocks=blocks, int4=groups, embedding_int4=groups)
     small, report = quamba.quantize(model, fitting, calibration)
     assert torch.equal(model(IDS).logits, before), "the float model stays as it is"
     assert small.report is report and small.recipe == fitting and small.tokenizer is model.tokenizer

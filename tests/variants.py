@@ -64,6 +64,7 @@ def shipped(name: str, config: ModelConfig, **changes: object) -> Recipe:
 
 
 def with_state(recipe: Recipe, state: str) -> Recipe:
+    """The recipe with this SSM state in its blocks, where a test is about states of that dtype."""
     blocks = Precision(weights=recipe.blocks.weights, activations=recipe.blocks.activations, state=state)
     return recipe.replace(blocks=blocks)
 

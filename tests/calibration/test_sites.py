@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
-from variants import RMS_VARIANTS, calibration_set, shipped
+from variants import RMS_VARIANTS, calibration_set, shipped, with_state
 
 from quamba.calibration.collect import collect
 from quamba.calibration.sites import SMALLEST_MAXIMUM, BlockObservers, BlockScales, scale_of
@@ -44,11 +44,12 @@ def test_scale_of() -> None:
     assert 0 < found[1] == torch.tensor(SMALLEST_MAXIMUM) / 127
 
 
+@pytest.mark.parametrize("state", ["int8", "fp16"])
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "quamba1-w8a8"])
 @pytest.mark.parametrize("name", RMS_VARIANTS)
-def test_shapes_are_those_of_the_skeleton(name: str, recipe: str) -> None:
+def test_shapes_are_those_of_the_skeleton(name: str, recipe: str, state: str) -> None:
     config = RMS_VARIANTS[name]
-    plan = resolve(shipped(recipe, config), config)
+    plan = resolve(with_state(shipped(recipe, config), state), config)
     groups = None
     if plan.group_heads is not None:
         groups = torch.arange(config.d_inner) % plan.state_groups
@@ -62,7 +63,13 @@ def test_shapes_are_those_of_the_skeleton(name: str, recipe: str) -> None:
         assert (scale > 0).all()
     expected_leaves = {n for n, m in block.named_modules() if getattr(m, "out_scale", None) is not None}
     assert set(found.activations) == expected_leaves
+    if state != "int8":
+        assert found.state_scale is found.state_group is None
+        assert block.mixer.ssm.state_scale is block.mixer.ssm.state_group is None
+        return
     assert found.state_scale.shape == block.mixer.ssm.state_scale.shape
+    assert found.state_scale.dtype == block.mixer.ssm.state_scale.dtype == torch.float32
+    assert (found.state_scale > 0).all()
     if groups is None:
         assert found.state_group is None
     else:

@@ -19,7 +19,7 @@ from quamba.formats.packing import pack_int4
 from quamba.formats.weight import WeightFormat
 from quamba.models.config import FAMILIES, Mamba2Config, ModelConfig
 from quamba.recipes.plan import Plan, resolve
-from quamba.recipes.recipe import HeadGroups, Override, Precision, Recipe, load_recipe
+from quamba.recipes.recipe import HeadGroups, Override, Precision, Recipe, load_recipe, shipped_names
 from quamba.recipes.skeleton import skeleton
 
 
@@ -179,17 +179,42 @@ def test_a_tensor_that_the_tables_do_not_know_is_found(rows):
         assert not any(fits(row, key, tensor, sizes, family) for row in rows)
 
 
-def test_the_example_is_the_demo_model(text, assets):
-    listing = text.split("## Example")[1].split("```")[1].strip().splitlines()
-    config = read_float_config(assets / "models" / "mamba2-demo")
-    tensors = skeleton(resolve(load_recipe("w4a8"), config)).named_tensors()
-    expected = {
+def example_lines(recipe: Recipe, config: ModelConfig) -> set[tuple[str, str, str]]:
+    """Name, dtype and shape of what is outside the blocks and in block 0."""
+    return {
         (name, str(tensor.dtype).removeprefix("torch."), str(list(tensor.shape)))
-        for name, tensor in tensors.items()
+        for name, tensor in skeleton(resolve(recipe, config)).named_tensors().items()
         if not re.match(r"backbone\.layers\.[1-9]", name)
     }
-    assert {tuple(line.split(maxsplit=2)) for line in listing} == expected
-    assert len(listing) == len(expected)
+
+
+def test_the_example_is_the_demo_model(text, assets):
+    introduction, listing, *_ = text.split("## Example")[1].split("```")
+    lines = listing.strip().splitlines()
+    config = read_float_config(assets / "models" / "mamba2-demo")
+    recipe = load_recipe("w4a8")
+    expected = example_lines(recipe, config)
+    assert {tuple(line.split(maxsplit=2)) for line in lines} == expected
+    assert len(lines) == len(expected)
+
+    more = re.findall(r"`(ssm\.\w+)`, (\w+) `(\[.*?\])`", introduction)
+    int8_state = recipe.replace(blocks=dataclasses.replace(recipe.blocks, state="int8"))
+    prefix = "backbone.layers.0.mixer."
+    assert {(prefix + name, dtype, shape) for name, dtype, shape in more} == (
+        example_lines(int8_state, config) - expected
+    )
+    assert len(more) == 2
+
+
+def test_the_default_state_is_the_documented_one(text):
+    assert re.search(r'a cached state is\s+fp16 unless the recipe says `state = "int8"` or `"fp32"`', text)
+    assert Precision().state == "fp16"
+    assert {name: load_recipe(name).blocks.state for name in shipped_names()} == {
+        "quamba1-w8a8": "int8",
+        "w4a16": "fp16",
+        "w4a8": "fp16",
+        "w8a8": "fp16",
+    }
 
 
 def test_the_drawn_byte(text):

@@ -477,7 +477,10 @@ Q = "quantization_config"
         (_drop(Q, "calibration"), "'calibration' .* is None, expected an object"),
         (_set(Q, "recipe", "rotat", value=True), "Unknown recipe field 'rotat'. Did you mean 'rotate'"),
         (_set(Q, "recipe", "embedding", value="int3"), "embedding precision is 'int3', expected one of"),
-        (_set(Q, "recipe", "overrides", value=5), "The recipe .* value of the wrong type"),
+        (
+            _set(Q, "recipe", "overrides", value=5),
+            "The recipe .* is not understood: The recipe's overrides are 5, expected a list of tables",
+        ),
         (_set(Q, "recipe", "version", value=2), "recipe has version 2"),
         (_set("dtype", value="int8"), "'dtype' .* is 'int8', expected one of 'float32'"),
         (_set("dtype", value=["float32"]), "'dtype' .* expected one of"),

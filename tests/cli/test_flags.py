@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,9 +21,65 @@ def test_no_flags_are_w8a8_with_float_tables() -> None:
     recipe, notes = recipe_from_flags(QuantizeFlags(), MAMBA2)
     assert recipe == Recipe(
         name="w8a8",
-        blocks=Precision(weights="int8", activations="int8", state="int8"),
+        blocks=Precision(weights="int8", activations="int8", state="fp16"),
         solver=Solver(kind="rtn"),
     )
+    assert notes == []
+
+
+def test_plain_w8a8_flags_on_mamba1_are_the_first_papers_recipe() -> None:
+    recipe, (note,) = recipe_from_flags(QuantizeFlags(), MAMBA)
+    assert recipe == load_recipe("quamba1-w8a8")
+    assert recipe.blocks == Precision(weights="int8", activations="int8", state="int8")
+    assert "recipe quamba1-w8a8" in note
+    assert "--recipe w8a8' is more accurate" in note
+
+
+@pytest.mark.parametrize("state", ["int8", "fp16", "fp32", None])
+@pytest.mark.parametrize("alpha", [0.99, 1.0, None])
+def test_percentile_and_state_change_the_first_papers_recipe(alpha: float | None, state: str | None) -> None:
+    flags = QuantizeFlags(percentile_alpha=alpha, state_dtype=state)
+    recipe, (note,) = recipe_from_flags(flags, MAMBA)
+    assert recipe == load_recipe("quamba1-w8a8").replace(
+        percentile_alpha=0.9995 if alpha is None else alpha,
+        blocks=Precision(weights="int8", activations="int8", state=state or "int8"),
+    )
+    assert "recipe quamba1-w8a8" in note
+
+
+PLAIN = Recipe(name="w8a8", blocks=Precision(weights="int8", activations="int8", state="fp16"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"w_bits": 4}, {"name": "w4a8", "blocks": Precision(weights="int4", activations="int8")}),
+        (
+            {"w_bits": 4, "a_bits": 16},
+            {"name": "w4a16", "blocks": Precision(weights="int4", activations="float")},
+        ),
+        ({"group_heads": True}, {}),
+        ({"apply_gptq": True}, {"solver": Solver(kind="gptq")}),
+        ({"quantize_embedding": True}, {"embedding": "int8"}),
+        ({"quantize_lm_head": True}, {"head": PLAIN.blocks}),
+    ],
+    ids=lambda value: "-".join(value) or "nothing",
+)
+def test_any_other_flag_leaves_the_first_papers_recipe(
+    given: dict[str, object], expected: dict[str, object]
+) -> None:
+    recipe, notes = recipe_from_flags(QuantizeFlags(**given), MAMBA)
+    assert recipe == PLAIN.replace(**expected)
+    assert recipe.blocks.state == "fp16"
+    assert recipe.percentile_alpha is None
+    assert not any("quamba1" in note for note in notes)
+
+
+def test_hybrid_blocks_leave_the_first_papers_recipe(tmp_path: Path) -> None:
+    flags = dataclasses.replace(_hybrid(tmp_path, ["W8A8", "W8A8"]), group_heads=False)
+    recipe, notes = recipe_from_flags(flags, MAMBA)
+    assert (recipe.name, recipe.blocks, recipe.overrides) == ("w4ax", PLAIN.blocks, ())
+    assert (recipe.activation_scales, recipe.conv_scales) == ("channel", "channel")
     assert notes == []
 
 
@@ -71,17 +128,17 @@ def test_hybrid_blocks_become_overrides(tmp_path: Path) -> None:
     labels = ["W4A8", "W4A16", "W4A8", "W8A8"]
     recipe, notes = recipe_from_flags(_hybrid(tmp_path, labels), config)
     assert [block.label for block in resolve(recipe, config).blocks] == labels
+    assert {block.state for block in resolve(recipe, config).blocks} == {"fp16"}
     assert (recipe.name, recipe.embedding, recipe.head.label) == ("w4ax", "int4", "W4A8")
     assert recipe.group_heads == HeadGroups()
     assert notes == []
 
 
-def test_the_state_flag_reaches_every_hybrid_block(tmp_path: Path) -> None:
-    import dataclasses
-
-    flags = dataclasses.replace(_hybrid(tmp_path, ["W4A8", "W4A16"]), state_dtype="fp32")
+@pytest.mark.parametrize("state", ["int8", "fp32"])
+def test_the_state_flag_reaches_every_hybrid_block(tmp_path: Path, state: str) -> None:
+    flags = dataclasses.replace(_hybrid(tmp_path, ["W4A8", "W4A16"]), state_dtype=state)
     plan = resolve(recipe_from_flags(flags, MAMBA2)[0], MAMBA2)
-    assert [block.state for block in plan.blocks] == ["fp32", "fp32"]
+    assert [block.state for block in plan.blocks] == [state, state]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,8 @@ def test_a_quantized_model_is_never_logged_as_fp16(run: Run, here: Path) -> None
         (("--calib_data", "eval.txt"), "calibration text 'calib.txt' instead of 'eval.txt'"),
         (("--apply_gptq",), 'recipe.solver.kind "rtn" instead of "gptq"'),
         (("--quantize_embedding",), 'recipe.embedding "float" instead of "int8"'),
-        (("--state_dtype", "fp32"), 'recipe.blocks.state "int8" instead of "fp32"'),
+        (("--state_dtype", "fp32"), 'recipe.blocks.state "fp16" instead of "fp32"'),
+        (("--state_dtype", "int8"), 'recipe.blocks.state "fp16" instead of "int8"'),
     ],
 )
 def test_a_stored_model_that_differs_is_refused(

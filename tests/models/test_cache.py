@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
-from variants import calibration_set, random_ids, rounded, shipped
+from variants import calibration_set, random_ids, rounded, shipped, with_state
 
 from quamba.models.cache import MambaCache
 from quamba.models.lm import MambaLM
@@ -35,13 +35,28 @@ def test_shapes_and_bytes_of_a_float_cache(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
-@pytest.mark.parametrize(("recipe", "itemsizes"), [("w8a8", (1, 1)), ("w4a8", (1, 1)), ("w4a16", (4, 2))])
-def test_bytes_of_a_quantized_cache(family: str, recipe: str, itemsizes: tuple[int, int]) -> None:
-    """Behind int8 projections both states are bytes; else the window has the dtype of the floats."""
+@pytest.mark.parametrize(
+    ("recipe", "state", "itemsizes"),
+    [
+        ("w8a8", None, (1, 2)),
+        ("w4a8", None, (1, 2)),
+        ("w4a16", None, (4, 2)),
+        ("quamba1-w8a8", None, (1, 1)),
+        ("w8a8", "int8", (1, 1)),
+        ("w4a8", "int8", (1, 1)),
+        ("w4a16", "int8", (4, 1)),
+        ("w8a8", "fp32", (1, 4)),
+    ],
+)
+def test_bytes_of_a_quantized_cache(
+    family: str, recipe: str, state: str | None, itemsizes: tuple[int, int]
+) -> None:
+    """The window is int8 behind int8 projections, else as the floats are; the state as asked, or fp16."""
     config = tiny_config(family)
-    model, _, _ = quantize_model(
-        tiny_model(config), rounded(shipped(recipe, config)), calibration_set(config)
-    )
+    wanted = rounded(shipped(recipe, config))
+    if state is not None:
+        wanted = with_state(wanted, state)
+    model, _, _ = quantize_model(tiny_model(config), wanted, calibration_set(config))
     states = 64 * 8 if family == "mamba" else 8 * 8 * 16
     assert model.new_cache(2).nbytes == 2 * 2 * (itemsizes[0] * 3 * config.conv_dim + itemsizes[1] * states)
 

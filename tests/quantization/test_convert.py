@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
-from variants import calibration_set, shipped
+from variants import calibration_set, shipped, with_state
 
 from quamba.calibration.collect import collect
 from quamba.calibration.sites import BlockObservers
@@ -14,10 +14,11 @@ from quamba.quantization.convert import nearest, set_block_formats
 from quamba.recipes.plan import resolve
 
 
-def test_x_proj_takes_the_scales_of_its_input() -> None:
+@pytest.mark.parametrize(("state", "dtype"), [("int8", torch.int8), ("fp16", torch.float16)])
+def test_x_proj_takes_the_scales_of_its_input(state: str, dtype: torch.dtype) -> None:
     """W (s * q) = (W diag(s)) q, with q the codes of the convolution's output."""
     config = tiny_config("mamba")
-    model, plan = tiny_model(config), resolve(shipped("w8a8", config), config)
+    model, plan = tiny_model(config), resolve(with_state(shipped("w8a8", config), state), config)
     observers = BlockObservers(plan, 0, None, model.device)
     collect(model, calibration_set(config).batches(), observers.watches, observers.state_watches)
     scales = observers.scales()
@@ -30,7 +31,8 @@ def test_x_proj_takes_the_scales_of_its_input() -> None:
     assert block.mixer.x_proj.input_scale_folded
     assert isinstance(block.mixer.conv1d.weight, QuantizedWeight)
     assert block.mixer.conv1d.out_scale is x
-    assert block.mixer.ssm.state_dtype == torch.int8
+    assert block.mixer.ssm.state_dtype == dtype
+    assert (scales.state_scale is not None) == (state == "int8")
     assert block.mixer.ssm.state_scale is scales.state_scale
     assert isinstance(block.mixer.in_proj.weight, torch.nn.Parameter)  # projections come after
 

@@ -61,8 +61,10 @@ def combinations() -> list[tuple[str, str, str, bool]]:
 
 
 def combined(config: ModelConfig, precision: str, solver: str, grouped: bool) -> Recipe:
+    """With int8 states behind int8 activations, so that their scales too are combined with all the rest."""
     groups = fitting_groups(config) if grouped else None
-    return load_recipe(precision).replace(solver=Solver(kind=solver), group_heads=groups)
+    recipe = load_recipe(precision).replace(solver=Solver(kind=solver), group_heads=groups)
+    return with_state(recipe, "int8") if precision.endswith("a8") else recipe
 
 
 @pytest.mark.parametrize(("name", "precision", "solver", "grouped"), combinations())
@@ -70,6 +72,8 @@ def test_every_combination(name: str, precision: str, solver: str, grouped: bool
     config = RMS_VARIANTS[name]
     model, plan, report = run(config, combined(config, precision, solver, grouped))
     assert cost_db(model) > FLOORS_DB[name, precision]
+    state_scales = [block.mixer.ssm.state_scale for block in model.blocks]
+    assert all((scale is not None) == precision.endswith("a8") for scale in state_scales)
     assert (len(report.head_groups) == config.n_layer) == (plan.group_heads is not None) == grouped
     lines = {line["name"]: line for line in report.layers if line["name"] != "embedding"}
     per_block = (
@@ -115,10 +119,11 @@ def test_the_given_model_stays_as_it_is(variant: str, recipe: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["mamba", "mamba2-groups2"])
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "w4a16"])
-def test_repeats_bit_for_bit(variant: str, recipe: str) -> None:
+@pytest.mark.parametrize(("recipe", "state"), [("w8a8", "int8"), ("w4a8", "int8"), ("w4a16", "fp16")])
+def test_repeats_bit_for_bit(variant: str, recipe: str, state: str) -> None:
     config = RMS_VARIANTS[variant]
-    (first, _, one), (second, _, two) = (run(config, shipped(recipe, config)) for _ in range(2))
+    wanted = with_state(shipped(recipe, config), state)
+    (first, _, one), (second, _, two) = (run(config, wanted) for _ in range(2))
     again = second.named_tensors()
     assert all(torch.equal(value, again[name]) for name, value in first.named_tensors().items())
     assert (one.layers, one.head_groups) == (two.layers, two.head_groups)
@@ -129,8 +134,9 @@ def test_repeats_bit_for_bit(variant: str, recipe: str) -> None:
 def test_batch_size_does_not_change_scales(variant: str, recipe: str) -> None:
     """Up to the order of float32 sums in the float model's products."""
     config = RMS_VARIANTS[variant]
-    first, _, _ = run(config, shipped(recipe, config), batch_size=1)
-    second, _, _ = run(config, shipped(recipe, config), batch_size=10)
+    wanted = with_state(shipped(recipe, config), "int8")
+    first, _, _ = run(config, wanted, batch_size=1)
+    second, _, _ = run(config, wanted, batch_size=10)
     again = second.named_tensors()
     for name, value in first.named_tensors().items():
         if name.endswith("out_scale") or name.endswith("state_scale"):
@@ -200,11 +206,24 @@ def test_activations_really_are_int8(variant: str, recipe: str) -> None:
 
 @pytest.mark.parametrize("variant", ["mamba", "mamba2"])
 @pytest.mark.parametrize(
-    ("recipe", "state"), [("w8a8", "int8"), ("w4a8", "fp16"), ("w4a16", "fp16"), ("w4a16", "int8")]
+    ("recipe", "asked", "state"),
+    [
+        ("w8a8", None, "fp16"),
+        ("w4a8", None, "fp16"),
+        ("w4a16", None, "fp16"),
+        ("quamba1-w8a8", None, "int8"),
+        ("w8a8", "int8", "int8"),
+        ("w4a8", "int8", "int8"),
+        ("w4a16", "int8", "int8"),
+        ("quamba1-w8a8", "fp16", "fp16"),
+    ],
 )
-def test_cached_states_have_the_recipes_dtype(variant: str, recipe: str, state: str) -> None:
+def test_cached_states_have_the_recipes_dtype(
+    variant: str, recipe: str, asked: str | None, state: str
+) -> None:
     config = RMS_VARIANTS[variant]
-    model, _, _ = run(config, with_state(shipped(recipe, config), state))
+    wanted = shipped(recipe, config)
+    model, _, _ = run(config, wanted if asked is None else with_state(wanted, asked))
     cache = model.new_cache(2)
     for length in (5, 1):
         assert model(random_ids(config, 2, length), cache).isfinite().all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
 from torch import Tensor
-from variants import calibration_set, shipped
+from variants import calibration_set, shipped, with_state
 
 from quamba.errors import QuambaError
 from quamba.formats.activation import Quantized
@@ -45,7 +45,8 @@ def test_hessians_are_those_of_the_whole_model(family: str, quantized: bool) -> 
     config = tiny_config(family)
     model = tiny_model(config)
     if quantized:
-        model, _, _ = quantize_model(model, shipped("w8a8", config), calibration_set(config))
+        recipe = with_state(shipped("w8a8", config), "int8")
+        model, _, _ = quantize_model(model, recipe, calibration_set(config))
     stream = Stream(model, calibration_set(config), None)
     names = ["in_proj", "x_proj", "dt_proj", "out_proj"] if family == "mamba" else ["in_proj", "out_proj"]
     for layer, block in enumerate(model.blocks):

@@ -38,14 +38,15 @@ def test_shipped_recipes_round_trip(name: str) -> None:
 
 def test_what_the_shipped_recipes_say() -> None:
     w8a8, w4a8, w4a16 = (load_recipe(name) for name in ("w8a8", "w4a8", "w4a16"))
-    assert w8a8.blocks == Precision(weights="int8", activations="int8", state="int8")
-    assert w4a8.blocks == w4a8.head == Precision(weights="int4", activations="int8", state="int8")
+    assert w8a8.blocks == Precision(weights="int8", activations="int8", state="fp16")
+    assert w4a8.blocks == w4a8.head == Precision(weights="int4", activations="int8", state="fp16")
     assert w4a16.blocks == w4a16.head == Precision(weights="int4", activations="float", state="fp16")
     assert (w8a8.embedding, w4a8.embedding, w4a16.embedding) == ("int8", "int4", "int4")
     assert (w8a8.solver.kind, w4a8.solver.kind, w4a16.solver.kind) == ("rtn", "gptq", "gptq")
     assert w8a8.group_heads == w4a8.group_heads == HeadGroups(heads=4, channels=4)
     assert w4a8.int4 == WeightFormat(4, "group", 128)
     quamba1 = load_recipe("quamba1-w8a8")
+    assert quamba1.blocks == Precision(weights="int8", activations="int8", state="int8")
     assert quamba1.embedding == quamba1.head.weights == "float"
     assert quamba1.int8.granularity == quamba1.conv_scales == quamba1.activation_scales == "tensor"
     assert quamba1.alpha == 0.9995
@@ -101,14 +102,15 @@ def test_default_percentile(changes: dict[str, object], alpha: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "activations", "label", "state"),
-    [(8, 8, "W8A8", "int8"), (4, 8, "W4A8", "int8"), (4, 16, "W4A16", "fp16")],
+    ("weights", "activations", "label"), [(8, 8, "W8A8"), (4, 8, "W4A8"), (4, 16, "W4A16")]
 )
-def test_published_pairs(weights: int, activations: int, label: str, state: str) -> None:
+def test_published_pairs(weights: int, activations: int, label: str) -> None:
     found = precision(weights, activations)
-    assert (found.label, found.state) == (label, state)
+    assert (found.label, found.state) == (label, "fp16")
     assert Recipe.from_dict({"name": "x", "blocks": label}).blocks == found
-    assert precision(weights, activations, "fp32").state == "fp32"
+    for state in ("int8", "fp16", "fp32"):
+        given = precision(weights, activations, state)
+        assert (given.label, given.state) == (label, state)
 
 
 def test_labels() -> None:

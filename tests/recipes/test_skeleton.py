@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import tiny_model
-from variants import RMS_VARIANTS, calibration_set, random_ids, rounded, shipped
+from variants import RMS_VARIANTS, calibration_set, random_ids, rounded, shipped, with_state
 
 from quamba.models.config import ModelConfig
 from quamba.models.lm import MambaLM
@@ -18,9 +18,11 @@ FLAGS = ("input_scale_folded", "enabled", "state_dtype")
 
 
 def recipes(config: ModelConfig) -> dict[str, Recipe]:
-    w8a8 = shipped("w8a8", config)
+    w8a8 = with_state(shipped("w8a8", config), "int8")
     return {
         **{name: rounded(shipped(name, config)) for name in ("w8a8", "w4a8", "w4a16", "quamba1-w8a8")},
+        "w8a8-int8-state": w8a8,
+        "w4a8-int8-state": with_state(rounded(shipped("w4a8", config)), "int8"),
         "float": Recipe(name="float", blocks=Precision()),
         "embedding-only": Recipe(name="table", blocks=Precision(), embedding="int8"),
         "head-only": Recipe(name="head", blocks=Precision(), head=Precision(weights="int4")),
