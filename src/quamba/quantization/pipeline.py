@@ -21,6 +21,7 @@ from quamba.quantization.convert import nearest, set_block_formats
 from quamba.quantization.embedding import loss_metric
 from quamba.quantization.gptq import solve
 from quamba.quantization.solve import ProjectionSolver, report_line, solver_config
+from quamba.quantization.streams import first_sequences
 from quamba.recipes.plan import Plan, resolve
 from quamba.recipes.recipe import Recipe
 from quamba.recipes.report import Report
@@ -28,6 +29,9 @@ from quamba.transforms.fuse_norm import fuse_norms
 from quamba.transforms.head_grouping import ChannelOrder, group_heads
 from quamba.transforms.reorder import reorder
 from quamba.transforms.rotate import rotate
+
+# Enough text for means of channels; the scales, which are extremes, come from all of it.
+HEAD_STATISTICS_SEQUENCES = 128
 
 
 class Batches(Protocol):
@@ -97,7 +101,8 @@ def _group_heads(
         Watch(f"backbone.layers.{i}.mixer.conv1d", slice(0, config.d_inner), observer)
         for i, observer in observers.items()
     ]
-    _watch(model, calibration, watches, [], "Head statistics", progress)
+    batches = first_sequences(calibration.batches(), HEAD_STATISTICS_SEQUENCES)
+    _watch(model, batches, watches, [], "Head statistics", progress)
     orders = {}
     for i, observer in observers.items():
         stats = observer.value().view(config.ngroups, -1, config.headdim)
@@ -125,7 +130,7 @@ def _activation_scales(
         watches.append(Watch("backbone.norm_f", slice(None), head))
     _watch(
         model,
-        calibration,
+        list(calibration.batches()),
         watches,
         [w for o in observers for w in o.state_watches],
         "Activation scales",
@@ -178,13 +183,12 @@ def _quantize_embedding(model: MambaLM, plan: Plan, calibration: Batches | None)
 
 def _watch(
     model: MambaLM,
-    calibration: Batches,
+    batches: list[Batch],
     watches: list[Watch],
     states: list[StateWatch],
     what: str,
     progress: Progress,
 ) -> None:
-    batches = list(calibration.batches())
     progress.stage(what, sum(ids.shape[0] for ids, _ in batches))
     collect(model, batches, watches, states, on_batch=progress.step)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from quamba.calibration.collect import Batch
 from quamba.formats.activation import Activation
 from quamba.models.lm import MambaLM
 from quamba.modules.linear import Linear
@@ -29,13 +30,7 @@ class Stream:
         self.masks: list[Tensor | None] = []
         self._sums: list[Tensor] = []
         self._kept: list[Activation] = []
-        remaining = samples
-        for ids, mask in calibration.batches():
-            if remaining is not None:
-                ids, mask = ids[:remaining], None if mask is None else mask[:remaining]
-                remaining -= ids.shape[0]
-            if ids.shape[0] == 0:
-                break
+        for ids, mask in first_sequences(calibration.batches(), samples):
             self.masks.append(None if mask is None else mask.to(model.device))
             self._sums.append(model.backbone.embedding(ids.to(model.device)))
 
@@ -75,6 +70,17 @@ class Stream:
                 hidden, residual = block(stream, None, None, mask)
                 self._sums[b] = residual + hidden
         self._kept = []
+
+
+def first_sequences(batches: Iterable[Batch], count: int | None) -> list[Batch]:
+    """The first ``count`` sequences of the batches, or all for None."""
+    taken: list[Batch] = []
+    for ids, mask in batches:
+        if count is not None and count <= 0:
+            break
+        taken.append((ids[:count], None if mask is None else mask[:count]))
+        count = None if count is None else count - ids.shape[0]
+    return taken
 
 
 def _stop(seen: list[Activation]) -> Any:

@@ -262,7 +262,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def precision(weight_bits: int, activation_bits: int, state: str | None = None) -> Precision:
-    """The published pairs 8/8, 4/8 and 4/16. The state is fp16 unless given (docs/notes/state-precision.md)."""
+    """The published pairs 8/8, 4/8 and 4/16; the state is fp16 unless given."""
     if (weight_bits, activation_bits) not in ((8, 8), (4, 8), (4, 16)):
         raise QuambaError(
             f"w_bits {weight_bits} with a_bits {activation_bits} is no supported pair;"
