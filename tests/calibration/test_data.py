@@ -250,7 +250,11 @@ def test_report_and_description(text_file: Path) -> None:
         ("a.jsonl", b'\n{"text": \n', "Line 2 of .* is not valid JSON"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "Line 2 of .* is not UTF-8 text"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz cannot be read after line 0"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}\n', mtime=0)[:-12], "a.jsonl.gz cannot be read after line"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "ok"}\n', mtime=0)[:-12],
+            "a.jsonl.gz cannot be read after line",
+        ),
         ("a.csv", b"text\nx", r"a.csv is no text file that Quamba reads; expected a .txt, .jsonl"),
     ],
 )
