@@ -113,12 +113,14 @@ def test_a_pickle_is_not_fetched_beside_safetensors(tmp_path, monkeypatch):
         "model.safetensors",
         "pytorch_model.bin",
         "tokenizer.json",
+        "spiece.model",
+        "chat_template.jinja",
         "consolidated.safetensors",
     ]
     hub = FakeHub(tmp_path, [*files, "README.md"])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     assert resolve("owner/name") == tmp_path
-    assert hub.fetched == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert hub.fetched == set(files) - {"pytorch_model.bin", "consolidated.safetensors"}
 
 
 def test_a_pickle_is_fetched_when_there_is_nothing_else(tmp_path, monkeypatch):

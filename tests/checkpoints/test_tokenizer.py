@@ -12,7 +12,8 @@ import pytest
 from tiny_models import tiny_config
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from quamba.checkpoints.tokenizer import FAMILY_TOKENIZER, load_tokenizer
+from quamba.checkpoints.chat_template import named_template, render_chat
+from quamba.checkpoints.tokenizer import CHAT_TOKENIZER, FAMILY_TOKENIZER, load_tokenizer
 from quamba.errors import QuambaError
 
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "assets" / "models" / "mamba-demo"
@@ -65,7 +66,11 @@ def test_nothing_is_added_unless_the_file_says_so(tmp_path):
     plain = load_tokenizer(put(tmp_path, backend)).encode("a")
     assert len(plain) == 1
     backend.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 256)])
-    assert load_tokenizer(put(tmp_path, backend)).encode("a") == [256, *plain]
+    tokenizer = load_tokenizer(put(tmp_path, backend))
+    assert tokenizer.encode("a") == [256, *plain]
+    assert tokenizer.encode_batch(["a", "aa"]) == [[256, *plain], [256, *plain, *plain]]
+    assert tokenizer.encode("a", add_special_tokens=False) == plain
+    assert tokenizer.encode_batch(["a", ""], add_special_tokens=False) == [plain, []]
 
 
 def test_truncation_and_padding_of_the_file_are_off(tmp_path):
@@ -177,18 +182,92 @@ def test_offline_and_absent_says_which_file_goes_where(tmp_path, offline, config
     assert str(caught.value).startswith("'state-spaces/mamba-130m' has no tokenizer.json")
 
 
-@pytest.mark.parametrize(("vocab_size", "multiple"), [(50277, 8), (50277, 16), (50280, 1), (50277, 256)])
-def test_the_family_tokenizer_comes_from_the_cache(tmp_path, offline, vocab_size, multiple):
-    repo = offline / f"models--{FAMILY_TOKENIZER.replace('/', '--')}"
+def cached_tokenizer(cache: Path, repo_id: str) -> Path:
+    """The snapshot folder of a repository in the hub cache, with a tokenizer.json."""
+    repo = cache / f"models--{repo_id.replace('/', '--')}"
     snapshot = repo / "snapshots" / ("b" * 40)
     snapshot.mkdir(parents=True)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("b" * 40)
-    put(snapshot, byte_tokenizer(END))
+    return put(snapshot, byte_tokenizer(END))
+
+
+@pytest.mark.parametrize(("vocab_size", "multiple"), [(50277, 8), (50277, 16), (50280, 1), (50277, 256)])
+def test_the_family_tokenizer_comes_from_the_cache(tmp_path, offline, vocab_size, multiple):
+    snapshot = cached_tokenizer(offline, FAMILY_TOKENIZER)
     config = tiny_config("mamba", vocab_size=vocab_size, pad_vocab_size_multiple=multiple)
     tokenizer = load_tokenizer(tmp_path, config)
     assert tokenizer.eos_token_id == 256
     assert tokenizer.files == (snapshot / "tokenizer.json",)
+
+
+CHAT_PLACES = [
+    ("revision", "havenhq/mamba-chat", True),
+    ("revision", "ut-enyac/quamba-chat-w4a8", True),
+    ("Mamba-Chat", "", True),
+    ("my-quamba-chat-w8a8", "", True),
+    ("revision", "state-spaces/mamba-130m", False),
+    ("mamba-chat/mamba-130m", "", False),
+]
+
+
+@pytest.mark.parametrize(("folder", "source", "is_chat"), CHAT_PLACES, ids=range(len(CHAT_PLACES)))
+def test_a_mamba_chat_is_known_by_its_name(tmp_path, offline, folder, source, is_chat):
+    folder = tmp_path / folder
+    folder.mkdir(parents=True)
+    cached = {repo: cached_tokenizer(offline, repo) for repo in (CHAT_TOKENIZER, FAMILY_TOKENIZER)}
+    tokenizer = load_tokenizer(folder, tiny_config("mamba", vocab_size=50277), source)
+    assert tokenizer.files[0].parent == cached[CHAT_TOKENIZER if is_chat else FAMILY_TOKENIZER]
+    assert tokenizer.chat_template == (named_template("zephyr") if is_chat else None)
+    assert [file.name for file in tokenizer.files[1:]] == ["chat_template.jinja"] * is_chat
+
+
+def test_a_mamba_chat_ends_and_pads_with_end_of_text(tmp_path):
+    side = {"tokenizer_config": {"eos_token": "<end>", "pad_token": PAD}}
+    put(tmp_path, byte_tokenizer(*SPECIAL), **side, generation_config={"eos_token_id": 259})
+    tokenizer = load_tokenizer(tmp_path, source="havenhq/mamba-chat")
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 256)
+    assert tokenizer.eos_token_ids == {256, 258, 259}
+    text = render_chat(tokenizer, [{"role": "user", "content": "Hi"}])
+    assert text == f"<|user|>\nHi{END}\n<|assistant|>\n"
+    assert tokenizer.encode(text).count(256) == 1
+
+
+def test_the_template_of_a_mamba_chat_comes_from_its_folder_if_there(tmp_path):
+    put(tmp_path, byte_tokenizer(END), tokenizer_config={"chat_template": "own"})
+    tokenizer = load_tokenizer(tmp_path, source="havenhq/mamba-chat")
+    assert tokenizer.chat_template == "own"
+    assert [file.name for file in tokenizer.files] == ["tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["without", "with-an-empty-template"])
+def test_a_saved_mamba_chat_keeps_its_template_under_another_name(tmp_path, empty):
+    first, second = tmp_path / "mamba-chat", tmp_path / "copy"
+    first.mkdir()
+    second.mkdir()
+    put(first, byte_tokenizer(END))
+    if empty:
+        (first / "chat_template.jinja").touch()
+    files = load_tokenizer(first).files
+    assert len({file.name for file in files}) == len(files) == 2
+    for file in files:
+        (second / file.name).write_bytes(file.read_bytes())
+    assert load_tokenizer(second).chat_template == named_template("zephyr")
+
+
+def test_a_mamba_chat_without_its_tokenizer(tmp_path, offline):
+    with pytest.raises(QuambaError, match=rf"put the tokenizer.json of {CHAT_TOKENIZER} into '{tmp_path}'"):
+        load_tokenizer(tmp_path, source="ut-enyac/quamba-chat-w4a8")
+
+
+def test_special_tokens_as_text(tmp_path):
+    side = {"tokenizer_config": {"bos_token": "<turn>", "eos_token": "<end>"}}
+    tokenizer = load_tokenizer(put(tmp_path, byte_tokenizer(*SPECIAL), **side))
+    assert (tokenizer.bos_token_id, tokenizer.bos_token) == (259, "<turn>")
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<end>", PAD)
+    put(tmp_path, byte_tokenizer(), tokenizer_config={})
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (None, None, None)
 
 
 def test_the_demo_tokenizer():

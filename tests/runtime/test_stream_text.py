@@ -18,12 +18,12 @@ def bytes_tokenizer(tiny_tokenizer_folder: Path) -> Tokenizer:
     return load_tokenizer(tiny_tokenizer_folder)
 
 
-def sentencepiece_like() -> Tokenizer:
-    """Words that carry their space, which is dropped from the first when decoding; bytes as a fallback."""
+def sentencepiece_like(dropped: int = 1) -> Tokenizer:
+    """Words that carry their space, and bytes; a text loses up to ``dropped`` spaces at its start."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models
 
-    words = ["<unk>", "▁one", "▁two", "s", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = ["<unk>", "▁one", "▁two", "s", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
     backend = Backend(
         models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token="<unk>")
     )
@@ -32,7 +32,7 @@ def sentencepiece_like() -> Tokenizer:
             decoders.Replace("▁", " "),
             decoders.ByteFallback(),
             decoders.Fuse(),
-            decoders.Strip(content=" ", left=1, right=0),
+            decoders.Strip(content=" ", left=dropped, right=0),
         ]
     )
     return Tokenizer(backend, [])
@@ -78,12 +78,13 @@ def test_pieces_of_bytes_join_to_the_decoded_ids(bytes_tokenizer: Tokenizer) -> 
         assert_pieces_join(bytes_tokenizer, ids)
 
 
-def test_pieces_of_words_join_to_the_decoded_ids() -> None:
-    tokenizer, draw = sentencepiece_like(), random.Random(0)
+@pytest.mark.parametrize("dropped", [1, 99])
+def test_pieces_of_words_join_to_the_decoded_ids(dropped: int) -> None:
+    tokenizer, draw = sentencepiece_like(dropped), random.Random(0)
     assert tokenizer.decode([1, 2, 3]) == "one twos"
     for _ in range(300):
-        words = [draw.choice(["é", "世", "🌍", "x", 1, 2, 3]) for _ in range(draw.randrange(8))]
-        ids = [i for w in words for i in ([w] if isinstance(w, int) else [4 + b for b in w.encode()])]
+        words = [draw.choice(["é", "世", "🌍", "x", 1, 2, 3, 4, 4]) for _ in range(draw.randrange(8))]
+        ids = [i for w in words for i in ([w] if isinstance(w, int) else [5 + b for b in w.encode()])]
         assert_pieces_join(tokenizer, ids)
 
 

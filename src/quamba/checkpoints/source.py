@@ -19,6 +19,7 @@ CHECKPOINT_FILES = (
     "pytorch_model*.bin",
     "pytorch_model.bin.index.json",
     "tokenizer*",
+    "*.model",
     "special_tokens_map.json",
     "chat_template*",
 )

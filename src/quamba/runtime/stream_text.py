@@ -47,7 +47,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         # Only the latest ids are decoded again, so that the cost of a token does not grow with the text.
-        # The window begins at ids whose text is out already: decoders treat the first token specially.
+        # The window begins at ids whose text is out already: decoders treat the first token specially. It is
+        # more than spaces, because some decoders drop all spaces that a text begins with.
         self._window: list[int] = []
         self._settled = 0  # ids of the window whose text is out
         self._given = 0  # characters of the window's text that are out
@@ -59,12 +60,10 @@ class TextStream:
         text = self._tokenizer.decode(self._window)
         whole = text.rstrip(_BROKEN)
         new = whole[self._given :]
-        if new and len(whole) == len(text):
-            del self._window[: self._settled]
-            self._settled = len(self._window)
-            self._given = len(self._tokenizer.decode(self._window))
-        elif new:
+        if new:
             self._given = len(whole)
+        if new and len(whole) == len(text):
+            self._shorten()
         return self._release(new)
 
     def end(self) -> str:
@@ -74,6 +73,13 @@ class TextStream:
         out = self._release(rest)
         out, self._held = out + self._held, ""
         return out
+
+    def _shorten(self) -> None:
+        """Begin the window at the ids that it got since the last time, all of whose text is out."""
+        latest = self._window[self._settled :]
+        text = self._tokenizer.decode(latest)
+        if text.strip(" "):
+            self._window, self._settled, self._given = latest, len(latest), len(text)
 
     def _release(self, new: str) -> str:
         if self.stopped:
