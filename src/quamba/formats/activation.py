@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+#: How a quantizer rounds ties, and what becomes of what int8 cannot hold (``kernels/reference/quantize.py``).
+Rounding = Literal["half_even", "half_away"]
+Overflow = Literal["saturate", "wrap"]
 
 
 class Quantized(NamedTuple):

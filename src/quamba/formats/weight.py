@@ -2,6 +2,11 @@
 
 ``real = scale * code`` always; there is no zero point. Linears ``[out_features, in_features]`` and embedding
 tables ``[vocab, d_model]`` are stored alike.
+
+With two levels of scales the codes of a group become int8 first, and the integers of a whole row are summed
+with no scale between the groups (QQQ, Zhang et al. 2024; the published W4A8 models)::
+
+    real[n, k] = channel_scale[n] * w8[n, k],   w8[n, k] = round_half_even(scale[n, k // group] * code[n, k])
 """
 
 from __future__ import annotations
@@ -18,8 +23,10 @@ from torch import Tensor, nn
 from quamba.errors import QuambaError, nearest, one_of
 from quamba.formats.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 
-Granularity = Literal["tensor", "channel", "group"]
-_GRANULARITIES = ("tensor", "channel", "group")
+Granularity = Literal["tensor", "channel", "split", "group", "two_level"]
+_GRANULARITIES = ("tensor", "channel", "split", "group", "two_level")
+_GROUPED = ("group", "two_level")
+_SCALE_DTYPES = {16: torch.float16, 32: torch.float32}
 
 
 @dataclass(frozen=True)
@@ -27,32 +34,55 @@ class WeightFormat:
     """How one weight matrix ``[N, K]`` is stored.
 
     bits         8: codes in [-127, 127], one int8 each; 4: codes in [-8, 7], two to a byte
-    granularity  "tensor": scale [1, 1]; "channel": one a row, [N, 1]; "group": one a row and group of
-                 ``group_size`` consecutive columns, [N, K // group_size]
-    group_size   for "group" only, else None; a matrix narrower than one group is one group
+    granularity  "tensor": scale [1, 1]; "channel": one a row, [N, 1]; "split": as "channel", but the rows of
+                 one part of the output (z, x, B, C or dt) share theirs; "group": one a row and group of
+                 ``group_size`` consecutive columns, [N, K // group_size]; "two_level" (4 bits): as "group",
+                 relative to a scale of the row, so that codes times group scale are integers of 8 bits
+    group_size   for "group" and "two_level", else None; a matrix narrower than one group is one group
+    scale_bits   16 or 32: float16 or float32 scales; None: 16 for scales of groups, 32 for all others
+    parts        for "split": rows of each part, all of them together; a recipe leaves it None, its plan knows
 
-    Group scales are float16, the other two float32.
+    The scale of a row beside those of its groups is always float32.
     """
 
     bits: Literal[4, 8]
     granularity: Granularity
     group_size: int | None = None
+    scale_bits: Literal[16, 32] | None = None
+    parts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise one_of("The number of weight bits", self.bits, ("4", "8"))
         if self.granularity not in _GRANULARITIES:
             raise one_of("The weight granularity", self.granularity, _GRANULARITIES)
-        if self.granularity != "group":
+        if self.scale_bits not in (None, *_SCALE_DTYPES):
+            raise one_of("The number of scale bits", self.scale_bits, ("16", "32"))
+        if self.granularity == "two_level" and (self.bits != 4 or self.scale_bits == 32):
+            raise QuambaError(
+                f"Granularity 'two_level' has {self.bits} bits and scale_bits {self.scale_bits}, expected 4"
+                " bits and scale_bits 16."
+            )
+        if self.parts is not None:
+            object.__setattr__(self, "parts", tuple(self.parts))
+            if self.granularity != "split":
+                raise QuambaError(
+                    f"A weight format of granularity '{self.granularity}' has parts, expected none; only"
+                    " granularity 'split' has parts."
+                )
+        self._check_group_size()
+
+    def _check_group_size(self) -> None:
+        if self.granularity not in _GROUPED:
             if self.group_size is not None:
                 raise QuambaError(
                     f"group_size is {self.group_size!r} with granularity '{self.granularity}', expected None;"
-                    " only granularity 'group' has a group size."
+                    " only granularities 'group' and 'two_level' have a group size."
                 )
         elif not isinstance(self.group_size, int) or self.group_size <= 0:
             raise QuambaError(
-                f"group_size is {self.group_size!r} with granularity 'group', expected a positive integer"
-                " such as 128."
+                f"group_size is {self.group_size!r} with granularity '{self.granularity}', expected a"
+                " positive integer such as 128."
             )
 
     @property
@@ -65,7 +95,14 @@ class WeightFormat:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        return torch.float16 if self.granularity == "group" else torch.float32
+        if self.scale_bits is not None:
+            return _SCALE_DTYPES[self.scale_bits]
+        return torch.float16 if self.granularity in _GROUPED else torch.float32
+
+    @property
+    def one_level(self) -> WeightFormat:
+        """What codes and scales are chosen in: for "two_level" the groups alone, else the format itself."""
+        return dataclasses.replace(self, granularity="group") if self.granularity == "two_level" else self
 
     @property
     def smallest_scale(self) -> float:
@@ -132,32 +169,51 @@ class QuantizedWeight(nn.Module):
     """A weight matrix ``[N, K]`` as integers: ``real[n, k] = scale[n, k // group] * code[n, k]``.
 
     Buffers, hence keys below the name of the leaf's ``weight`` (``...in_proj.weight.data``):
-      data   int8 [N, K], or for 4 bits uint8 [N, K // 2] packed as in ``formats/packing.py``
-      scale  [1, 1] or [N, 1] float32, or [N, groups] float16 (``WeightFormat.scale_shape``); positive
+      data           int8 [N, K], or for 4 bits uint8 [N, K // 2] packed as in ``formats/packing.py``
+      scale          [1, 1], [N, 1] or [N, groups] (``WeightFormat.scale_shape``, ``scale_dtype``)
+      channel_scale  [N, 1] float32, of granularity "two_level" (else None)
 
-    ``.to(dtype)``, ``.half()`` and the like move it but change neither buffer's dtype.
+    Scales are positive where we choose them; published embedding tables may have others.
+    ``.to(dtype)``, ``.half()`` and the like move it but change no buffer's dtype.
     """
 
     data: Tensor
     scale: Tensor
+    channel_scale: Tensor | None
 
-    def __init__(self, data: Tensor, scale: Tensor, format: WeightFormat) -> None:
+    def __init__(
+        self, data: Tensor, scale: Tensor, format: WeightFormat, channel_scale: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.format = format
         rows, columns = data.shape
         self.shape: tuple[int, int] = (rows, columns * 2 if format.bits == 4 else columns)
         _require("data", data, format.data_shape(self.shape), format.data_dtype)
         _require("scale", scale, format.scale_shape(self.shape), format.scale_dtype)
+        if (channel_scale is not None) != (format.granularity == "two_level"):
+            raise TypeError(f"channel_scale does not go with granularity '{format.granularity}'")
+        if channel_scale is not None:
+            _require("channel_scale", channel_scale, (rows, 1), torch.float32)
         self.register_buffer("data", data)
         self.register_buffer("scale", scale)
+        self.register_buffer("channel_scale", channel_scale)
 
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, format: WeightFormat) -> QuantizedWeight:
-        """From unpacked codes, int8 [N, K], and scales already in their stored shape and dtype."""
+        """From unpacked codes, int8 [N, K], and scales of ``format.one_level``, in its stored shape and dtype.
+
+        For "two_level" they are taken apart: the row's scale is max_k |scale * code| / 127, in 11 significant
+        bits and rounded up, and those of its groups are divided by it.
+        """
         if codes.dtype != torch.int8:
             raise TypeError(f"codes are {codes.dtype}, expected torch.int8")
         data = pack_int4(codes) if format.bits == 4 else codes.contiguous()
-        return cls(data, scale, format)
+        if format.granularity != "two_level":
+            return cls(data, scale, format)
+        reach = apply_scale(codes, scale, torch.float32).abs().amax(1, keepdim=True)
+        row = round_significant(reach / 127, up=True)
+        row = torch.where(reach > 0, row, scale[:, :1].float())
+        return cls(data, (scale.float() / row).to(format.scale_dtype), format, row)
 
     @classmethod
     def empty(
@@ -166,20 +222,33 @@ class QuantizedWeight(nn.Module):
         """Uninitialised buffers of the right shapes, to be filled from a checkpoint; also on "meta"."""
         data = torch.empty(format.data_shape(shape), dtype=format.data_dtype, device=device)
         scale = torch.empty(format.scale_shape(shape), dtype=format.scale_dtype, device=device)
-        return cls(data, scale, format)
+        row = None
+        if format.granularity == "two_level":
+            row = torch.empty(shape[0], 1, dtype=torch.float32, device=device)
+        return cls(data, scale, format, row)
 
     def codes(self) -> Tensor:
         """int8 [N, K], unpacked."""
         return unpack_int4(self.data) if self.format.bits == 4 else self.data
 
+    def integers(self) -> tuple[Tensor, Tensor]:
+        """What integer products take: int8 [N, K] and their scales, [1, 1], [N, 1] or [N, groups].
+
+        The codes themselves, except with two levels: w8 of the module's docstring and the scales of the rows.
+        """
+        if self.channel_scale is None:
+            return self.codes(), self.scale
+        w8 = apply_scale(self.codes(), self.scale, torch.float32)  # exact: 4 bits times 11
+        return w8.round_().clamp_(-128, 127).to(torch.int8), self.channel_scale
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``scale * code`` computed in dtype: [N, K]."""
-        return apply_scale(self.codes(), self.scale, dtype)
+        """The real values, ``scale * integer`` computed in dtype: [N, K]."""
+        return apply_scale(*self.integers(), dtype)
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return self.data.nbytes + self.scale.nbytes
+        return sum(buffer.nbytes for buffer in self.buffers())
 
     def extra_repr(self) -> str:
         size = "" if self.format.group_size is None else f" of {self.format.group_size}"
@@ -189,9 +258,23 @@ class QuantizedWeight(nn.Module):
         # nn.Module.to(dtype) casts every float buffer; the scale's dtype is part of the format, so only
         # the device of what fn returns is followed.
         self.data = fn(self.data)
-        scale = fn(self.scale)
-        self.scale = scale if scale.dtype == self.scale.dtype else self.scale.to(scale.device)
+        self.scale = keep_dtype(fn, self.scale)
+        if self.channel_scale is not None:
+            self.channel_scale = keep_dtype(fn, self.channel_scale)
         return self
+
+
+def keep_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """``fn(tensor)`` where fn moves it; where it casts, only its device is followed."""
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+
+def round_significant(x: Tensor, *, up: bool = False) -> Tensor:
+    """Positive float32 x rounded to the 11 significant bits of float16, to nearest or up; any exponent."""
+    dropped = 24 - 11
+    add = (1 << dropped) - 1 if up else 1 << (dropped - 1)
+    return ((x.view(torch.int32) + add) & -(1 << dropped)).view(torch.float32)
 
 
 def apply_scale(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -42,7 +42,8 @@ class MambaMixer(nn.Module):
         """u (B, L, d_model) -> (B, L, d_model) float. The cache is read and advanced by L tokens."""
         x, z = split(self.in_proj(u), self.in_proj_sizes)
         x = self.conv1d(x, cache and cache.conv_state, mask)
-        dt, B, C = split(self.x_proj(x), self.x_proj_sizes)
+        # x_proj's columns hold the scales of x where its channels do not share one.
+        dt, B, C = split(self.x_proj(with_one_scale(x)), self.x_proj_sizes)
         if self.normalises_selection:
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         dt = self.dt_proj(with_one_scale(dt))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from quamba.formats.activation import Activation
+from quamba.formats.activation import Activation, Rounding
+from quamba.formats.parameter import Parameter, as_tensor
 from quamba.modules.leaf import WeightedLeaf, parameter_or_empty
 
 
@@ -14,9 +15,10 @@ class CausalConv1d(WeightedLeaf):
 
     state_dtype  what the cached window holds: torch.int8 behind an int8 projection, or None for
                  floats of compute_dtype
+    rounding     of the codes it gives
     """
 
-    bias: nn.Parameter | None
+    bias: Parameter | None
 
     def __init__(self, channels: int, width: int, bias: bool) -> None:
         super().__init__()
@@ -24,6 +26,7 @@ class CausalConv1d(WeightedLeaf):
         self.weight = parameter_or_empty(channels, width)
         self.bias = parameter_or_empty(channels) if bias else None
         self.state_dtype: torch.dtype | None = None
+        self.rounding: Rounding = "half_even"
 
     def new_state(self, batch: int, device: torch.device | str) -> Tensor:
         dtype = self.state_dtype or self.compute_dtype
@@ -34,10 +37,11 @@ class CausalConv1d(WeightedLeaf):
         y = self.kernels.causal_conv1d(
             x,
             self.weight,
-            self.bias,
+            None if self.bias is None else as_tensor(self.bias),
             state=state,
             mask=mask,
             out_scale=self.out_scale,
             out_dtype=self.compute_dtype,
+            rounding=self.rounding,
         )
         return self.give(y)

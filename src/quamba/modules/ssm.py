@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from quamba.formats.activation import Activation, Quantized, shape_of
+from quamba.formats.parameter import Parameter, QuantizedParameter, as_tensor
 from quamba.modules.leaf import Leaf, parameter_or_empty
 
 
 class Recurrence(Leaf):
-    """Parameters A_log, D, dt_bias and the format of the cached state.
+    """Parameters A_log, D, dt_bias (float or int8) and the format of the cached state.
 
     state_shape  of one sequence: channels (in one or two dimensions), then d_state
     state_dtype  torch.int8, torch.float16 or torch.float32 (float64 models keep float64)
@@ -18,6 +19,9 @@ class Recurrence(Leaf):
     state_group  (d_inner,) int32: the group of each channel; None when K = 1
     """
 
+    A_log: Parameter
+    D: Parameter
+    dt_bias: Parameter
     state_scale: Tensor | None
     state_group: Tensor | None
 
@@ -32,8 +36,20 @@ class Recurrence(Leaf):
         self.state_dtype = torch.float32
 
     def new_state(self, batch: int, device: torch.device | str) -> Tensor:
-        dtype = torch.float64 if self.A_log.dtype == torch.float64 else self.state_dtype
+        dtype = torch.float64 if self.wide == torch.float64 else self.state_dtype
         return torch.zeros(batch, *self.state_shape, dtype=dtype, device=device)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What the recurrence is computed in: float32, or float64 in a model of float64."""
+        integers = isinstance(self.A_log, QuantizedParameter)
+        dtype = self.compute_dtype if integers else self.A_log.dtype
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
+    def real_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A = -exp(A_log), D and dt_bias as floats."""
+        A_log, D, dt_bias = (as_tensor(p, self.wide) for p in (self.A_log, self.D, self.dt_bias))
+        return -torch.exp(A_log), D, dt_bias
 
     def scale_like_state(self) -> Tensor | None:
         """state_scale spread over the channels, broadcastable to the state."""
@@ -59,13 +75,13 @@ class SelectiveScan(Recurrence):
         mask: Tensor | None,
     ) -> Tensor:
         """``state`` (B, d_inner, d_state) is read and then overwritten with the final state."""
-        A = -torch.exp(self.A_log)
+        A, D, dt_bias = self.real_parameters()
         carried = {"state": state, "state_scale": self.scale_like_state(), "out_dtype": self.compute_dtype}
         if is_step(u, state, mask):
             u, dt, B, C, z = (only_token(t) for t in (u, dt, B, C, z))
-            y = self.kernels.selective_scan_step(u, dt, A, B, C, self.D, z, self.dt_bias, **carried)
+            y = self.kernels.selective_scan_step(u, dt, A, B, C, D, z, dt_bias, **carried)
             return y[:, None]
-        return self.kernels.selective_scan(u, dt, A, B, C, self.D, z, self.dt_bias, mask=mask, **carried)
+        return self.kernels.selective_scan(u, dt, A, B, C, D, z, dt_bias, mask=mask, **carried)
 
 
 class SSD(Recurrence):
@@ -96,11 +112,11 @@ class SSD(Recurrence):
         mask: Tensor | None,
     ) -> Tensor:
         """``state`` (B, nheads, headdim, d_state) is read and then overwritten with the final state."""
-        A = -torch.exp(self.A_log)
+        A, D, dt_bias = self.real_parameters()
         carried = {"state": state, "state_scale": self.scale_like_state(), "out_dtype": self.compute_dtype}
         if is_step(x, state, mask):
             x, dt, B, C = (only_token(t) for t in (x, dt, B, C))
-            y = self.kernels.ssd_step(x, dt, A, B, C, self.D, self.dt_bias, **self.sizes, **carried)
+            y = self.kernels.ssd_step(x, dt, A, B, C, D, dt_bias, **self.sizes, **carried)
             return y[:, None]
         return self.kernels.ssd_scan(
             x,
@@ -108,8 +124,8 @@ class SSD(Recurrence):
             A,
             B,
             C,
-            self.D,
-            self.dt_bias,
+            D,
+            dt_bias,
             chunk_size=self.chunk_size,
             mask=mask,
             **self.sizes,

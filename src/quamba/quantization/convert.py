@@ -16,8 +16,8 @@ from quamba.recipes.skeleton import set_flags
 def set_block_formats(block: Block, plan: BlockPlan, scales: BlockScales) -> None:
     """Activation scales, conv weights and the state's format; the projections' weights come after.
 
-    x_proj takes the scales of its input into its columns, sum_k (w_k s_k) q_k, so that x may have one scale a
-    channel and its integers still add up.
+    Where x has one scale a channel, x_proj takes them into its columns, sum_k (w_k s_k) q_k, so that its
+    integers still add up.
     """
     set_flags(block, plan)
     mixer = block.mixer
@@ -25,7 +25,7 @@ def set_block_formats(block: Block, plan: BlockPlan, scales: BlockScales) -> Non
         block.get_submodule(leaf).out_scale = scale
     if plan.conv is not None:
         mixer.conv1d.set_weight(nearest(mixer.conv1d.float_weight, plan.conv))
-    if plan.int8_activations and isinstance(mixer, MambaMixer):
+    if plan.folds_x_scale and isinstance(mixer, MambaMixer):
         folded = mixer.x_proj.float_weight * scales.activations["mixer.conv1d"]
         mixer.x_proj.weight = nn.Parameter(folded, requires_grad=False)
     mixer.ssm.state_scale, mixer.ssm.state_group = scales.state_scale, scales.state_group

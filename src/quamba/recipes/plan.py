@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from quamba.errors import QuambaError
 from quamba.formats import hadamard
+from quamba.formats.activation import Overflow, Rounding
 from quamba.formats.weight import WeightFormat
 from quamba.models.config import Mamba2Config, MambaConfig, ModelConfig
 from quamba.recipes.recipe import HeadGroups, Precision, Recipe
@@ -13,13 +15,23 @@ from quamba.recipes.recipe import HeadGroups, Precision, Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPlan:
-    """Formats of one block. ``weights`` maps a projection's name to its format; absent means float."""
+    """Formats of one block.
+
+    weights          a projection's name to its format; absent means float
+    int8_parameters  A_log, D, conv bias and Mamba1's dt_bias are int8
+    folds_x_scale    the columns of Mamba1's x_proj contain the scales of its input codes
+    rounding, overflow  as in the recipe
+    """
 
     label: str
     weights: dict[str, WeightFormat]
     conv: WeightFormat | None
     int8_activations: bool
     state: str
+    int8_parameters: bool = False
+    folds_x_scale: bool = False
+    rounding: Rounding = "half_even"
+    overflow: Overflow = "saturate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +93,18 @@ def projections(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def output_parts(config: ModelConfig, leaf: str) -> tuple[int, ...] | None:
+    """Channels of z, x, B, C, dt (in_proj) or x, B, C (conv1d) where Mamba2 scales them apart; else None."""
+    if isinstance(config, MambaConfig):
+        return None
+    d_bc = config.ngroups * config.d_state
+    parts = {
+        "in_proj": (config.d_inner, config.d_inner, d_bc, d_bc, config.nheads),
+        "conv1d": (config.d_inner, d_bc, d_bc),
+    }
+    return parts.get(leaf)
+
+
 def resolve(recipe: Recipe, config: ModelConfig) -> Plan:
     """Decide everything, or refuse with what would have worked. No weight is read before this passes."""
     precisions = [recipe.blocks] * config.n_layer
@@ -110,7 +134,9 @@ def resolve(recipe: Recipe, config: ModelConfig) -> Plan:
         recipe=recipe,
         blocks=tuple(_block_plan(recipe, p, config) for p in precisions),
         embedding=_table_format(recipe, config),
-        head=_weight_format(recipe, recipe.head.weights, "lm_head", config.d_model),
+        head=_weight_format(
+            recipe, recipe.head.weights, "lm_head", config, recipe.head.activations == "int8"
+        ),
         int8_head_input=recipe.head.activations == "int8",
         rotate=recipe.rotate and quantizes,
         group_heads=groups,
@@ -119,27 +145,49 @@ def resolve(recipe: Recipe, config: ModelConfig) -> Plan:
 
 
 def _block_plan(recipe: Recipe, precision: Precision, config: ModelConfig) -> BlockPlan:
+    int8 = precision.activations == "int8"
     weights = {}
-    for name, (_, in_features) in projections(config).items():
+    for name in projections(config):
         bits = recipe.dt_proj if name == "dt_proj" and precision.weights == "int4" else precision.weights
-        format = _weight_format(recipe, bits, name, in_features)
+        format = _weight_format(recipe, bits, name, config, int8)
         if format is not None:
             weights[name] = format
-    int8 = precision.activations == "int8"
+    if int8 and precision.weights != "float" and weights.keys() != projections(config).keys():
+        raise QuambaError(
+            "dt_proj is float in blocks with int8 activations, which has no kernel;"
+            " expected dt_proj 'int8' or 'int4'."
+        )
     # Conv weights are tiny; they are integers where they meet integers.
     return BlockPlan(
         label=precision.label,
         weights=weights,
-        conv=WeightFormat(8, recipe.conv_scales) if int8 else None,
+        conv=_placed(WeightFormat(8, recipe.conv_scales), "conv1d", config, int8) if int8 else None,
         int8_activations=int8,
         state=precision.state,
+        int8_parameters=int8 and recipe.parameters == "int8",
+        folds_x_scale=int8 and recipe.activation_scales == "channel" and isinstance(config, MambaConfig),
+        rounding=recipe.rounding,
+        overflow=recipe.overflow,
     )
 
 
-def _weight_format(recipe: Recipe, bits: str, name: str, in_features: int) -> WeightFormat | None:
+def _weight_format(
+    recipe: Recipe, bits: str, name: str, config: ModelConfig, int8_activations: bool
+) -> WeightFormat | None:
     if bits == "float":
         return None
-    return _fitting(recipe.int4 if bits == "int4" else recipe.int8, name, in_features)
+    format = _placed(recipe.int4 if bits == "int4" else recipe.int8, name, config, int8_activations)
+    in_features = config.d_model if name == "lm_head" else projections(config)[name][1]
+    return _fitting(format, name, in_features)
+
+
+def _placed(format: WeightFormat, leaf: str, config: ModelConfig, int8_activations: bool) -> WeightFormat:
+    """What "split" and "two_level" mean at one leaf: they fall back to "tensor" and "group" where the output
+    has no parts, and where there is no product of integers."""
+    if format.granularity == "split":
+        parts = output_parts(config, leaf)
+        return dataclasses.replace(format, granularity="tensor" if parts is None else "split", parts=parts)
+    return format if int8_activations else format.one_level
 
 
 def _fitting(format: WeightFormat, name: str, in_features: int) -> WeightFormat:
@@ -155,7 +203,7 @@ def _fitting(format: WeightFormat, name: str, in_features: int) -> WeightFormat:
 def _table_format(recipe: Recipe, config: ModelConfig) -> WeightFormat | None:
     if recipe.embedding == "float":
         return None
-    format = recipe.embedding_int4 if recipe.embedding == "int4" else WeightFormat(8, "channel")
+    format = recipe.embedding_int4 if recipe.embedding == "int4" else recipe.embedding_int8
     return _fitting(format, "embedding", config.d_model)
 
 

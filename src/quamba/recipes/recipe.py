@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quamba.errors import QuambaError, nearest, one_of
+from quamba.formats.activation import Overflow, Rounding
 from quamba.formats.weight import WeightFormat
 
 if sys.version_info >= (3, 11):
@@ -27,7 +28,11 @@ WEIGHTS = ("int4", "int8", "float")
 ACTIVATIONS = ("int8", "float")
 STATES = ("int8", "fp16", "fp32")
 ACTIVATION_SCALES = ("tensor", "channel")
-SOLVERS = ("rtn", "gptq")
+CONV_SCALES = ("tensor", "channel", "split")
+PARAMETERS = ("float32", "float16", "int8")
+ROUNDINGS = ("half_even", "half_away")
+OVERFLOWS = ("saturate", "wrap")
+SOLVERS = ("rtn", "gptq", "unknown")
 SCALES = ("absmax", "mse")
 
 # Share of |x| that the scales of x cover where no percentile is given. Fewer channels behind a scale need
@@ -106,7 +111,8 @@ class HeadGroups:
 class Solver:
     """How weights become integers.
 
-    kind             "rtn": to the nearest; "gptq": with feedback, then refined (``quantization/gptq.py``)
+    kind             "rtn": to the nearest; "gptq": with feedback, then refined (``quantization/gptq.py``);
+                     "unknown": in models that another program made
     damping          added to the Hessian's diagonal, as a share of its mean
     act_order        columns of large input first, with scales chosen beforehand
     scale            first scales: "absmax" or "mse" (also for rtn and for embedding tables)
@@ -143,10 +149,17 @@ class Recipe:
     embedding          "int8", "int4" or "float"
     head               precision of norm_f's output and the head; its ``state`` means nothing
     int4, int8         how weights of that width are scaled; rows are output channels or tokens
+    embedding_int8     and how embedding tables are
     dt_proj            weights of Mamba1's dt_proj where the block's are int4 (it is tiny and sensitive)
-    conv_scales        int8 conv weights: one scale a "channel" or a "tensor"
-    activation_scales  z, dt, the conv's input and output: one scale a "channel" or a "tensor"; sites that
-                       feed a matrix product of integers have one scale whatever this says
+    conv_scales        int8 conv weights: one scale a "channel", a "tensor", or for each of x, B, C ("split")
+    parameters         "float32": A_log, D, dt_bias and norm weights as they are; "float16": rounded to it;
+                       "int8": where activations are int8, A_log, D, the conv bias and Mamba1's dt_bias are
+                       int8 (scaled as the conv's weights are), and the rest is as with "float16"
+    rounding           of ties by the convolution and the Hadamard rotation: "half_even" or "half_away"
+    overflow           of the rotation's int8 output: "saturate", or "wrap" as in the published kernels
+    activation_scales  z, dt, the conv's input and output: one scale a "channel"; or a "tensor": in Mamba2
+                       one for each of z, x, B, C, dt, in Mamba1 one for x and z and one for dt, B and C;
+                       sites that feed a matrix product of integers have one scale whatever this says
     percentile_alpha   share of |x| that the scales of the conv output x (and of a state with one scale a
                        tensor) cover; 1.0 is absmax; None: 0.9995 with one scale a tensor, 0.99999 with
                        group_heads, 1.0 with one a channel
@@ -163,8 +176,12 @@ class Recipe:
     int4: WeightFormat = field(default_factory=lambda: WeightFormat(4, "group", 128))
     int8: WeightFormat = field(default_factory=lambda: WeightFormat(8, "channel"))
     embedding_int4: WeightFormat = field(default_factory=lambda: WeightFormat(4, "group", 128))
+    embedding_int8: WeightFormat = field(default_factory=lambda: WeightFormat(8, "channel"))
     dt_proj: str = "int8"
-    conv_scales: Literal["tensor", "channel"] = "channel"
+    conv_scales: Literal["tensor", "channel", "split"] = "channel"
+    parameters: Literal["float32", "float16", "int8"] = "float32"
+    rounding: Rounding = "half_even"
+    overflow: Overflow = "saturate"
     activation_scales: Literal["tensor", "channel"] = "channel"
     percentile_alpha: float | None = None
     rotate: bool = True
@@ -180,8 +197,11 @@ class Recipe:
         if not isinstance(self.name, str) or not self.name:
             raise QuambaError(f"The recipe's name is {self.name!r}, expected a text.")
         _check("The embedding precision", self.embedding, WEIGHTS)
-        _check("The precision of dt_proj", self.dt_proj, ("int4", "int8"))
-        _check("conv_scales", self.conv_scales, ACTIVATION_SCALES)
+        _check("The precision of dt_proj", self.dt_proj, WEIGHTS)
+        _check("conv_scales", self.conv_scales, CONV_SCALES)
+        _check("parameters", self.parameters, PARAMETERS)
+        _check("rounding", self.rounding, ROUNDINGS)
+        _check("overflow", self.overflow, OVERFLOWS)
         _check("activation_scales", self.activation_scales, ACTIVATION_SCALES)
         _check_switch("rotate", self.rotate)
         alpha = self.percentile_alpha
@@ -190,10 +210,17 @@ class Recipe:
                 f"percentile_alpha is {alpha!r}, expected a share above 0.5 and at most 1.0"
                 " (1.0 is the absolute maximum)."
             )
-        for bits, format in ((4, self.int4), (8, self.int8), (4, self.embedding_int4)):
+        tables = (self.embedding_int4, self.embedding_int8)
+        for bits, format in ((4, self.int4), (8, self.int8), *zip((4, 8), tables, strict=True)):
             if format.bits != bits:
                 raise QuambaError(
                     f"The recipe's int{bits} format says bits = {format.bits}, expected {bits}."
+                )
+        for format in tables:
+            if format.granularity in ("split", "two_level"):
+                raise QuambaError(
+                    f"An embedding table has granularity '{format.granularity}',"
+                    " expected 'tensor', 'channel' or 'group'."
                 )
 
     def replace(self, **changes: Any) -> Recipe:
@@ -231,7 +258,7 @@ class Recipe:
         if not isinstance(overrides, list | tuple):
             raise QuambaError(f"The recipe's overrides are {overrides!r}, expected a list of tables.")
         fields["overrides"] = tuple(_override(o) for o in overrides)
-        for key in ("int4", "int8", "embedding_int4"):
+        for key in ("int4", "int8", "embedding_int4", "embedding_int8"):
             if key in fields:
                 fields[key] = WeightFormat.from_dict(_build_fields(WeightFormat, key, fields[key]))
         if fields.get("group_heads") is not None:

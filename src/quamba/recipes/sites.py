@@ -40,7 +40,7 @@ def block_segments(plan: Plan, x_groups: Tensor | None) -> dict[str, list[Segmen
         return torch.arange(size) if per_channel else _one(size)
 
     if isinstance(config, MambaConfig):
-        return _mamba_segments(config, plan.alpha, spread(config.d_inner), spread(config.d_state))
+        return _mamba_segments(config, plan.alpha, per_channel)
     x_groups = spread(config.d_inner) if x_groups is None else x_groups
     d_bc = config.ngroups * config.d_state
     bc = torch.arange(d_bc) if per_channel else torch.arange(config.ngroups).repeat_interleave(config.d_state)
@@ -54,19 +54,22 @@ def block_segments(plan: Plan, x_groups: Tensor | None) -> dict[str, list[Segmen
     }
 
 
-def _mamba_segments(
-    config: MambaConfig, alpha: float, inner: Tensor, states: Tensor
-) -> dict[str, list[Segment]]:
-    dt = _one(config.dt_rank)
+def _mamba_segments(config: MambaConfig, alpha: float, per_channel: bool) -> dict[str, list[Segment]]:
+    """With one scale a tensor, the outputs of in_proj (x, z) and of x_proj (dt, B, C) are one tensor each."""
+    spread = torch.arange if per_channel else _one
+    inner, states, dt = spread(config.d_inner), spread(config.d_state), _one(config.dt_rank)
+    xz, selection = [inner, inner], [dt, states, states]
+    if not per_channel:
+        xz, selection = [torch.cat(xz)], [torch.cat(selection)]
     segments = {
         "norm": _consecutive(_one(config.d_model)),
-        "mixer.in_proj": _consecutive(inner, inner),
+        "mixer.in_proj": _consecutive(*xz),
         "mixer.conv1d": _with_alpha(_consecutive(inner), alpha),
         "mixer.dt_proj": _consecutive(inner),
         "mixer.rotate": _consecutive(_one(config.d_inner)),
     }
     if config.bcdt_rms_eps is None:
-        return {**segments, "mixer.x_proj": _consecutive(dt, states, states)}
+        return {**segments, "mixer.x_proj": _consecutive(*selection)}
     return {
         **segments,
         "mixer.dt_norm": _consecutive(dt),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from quamba.formats.parameter import QuantizedParameter
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.models.lm import Block, MambaLM
 from quamba.models.mamba1 import MambaMixer
@@ -21,10 +22,29 @@ def set_flags(block: Block, plan: BlockPlan) -> None:
     """What a block's leaves know of their formats besides tensors."""
     mixer = block.mixer
     mixer.ssm.state_dtype = STATE_DTYPES[plan.state]
+    mixer.conv1d.rounding = mixer.rotate.rounding = plan.rounding
+    mixer.rotate.overflow = plan.overflow
     if plan.int8_activations:
         mixer.conv1d.state_dtype = torch.int8
-        if isinstance(mixer, MambaMixer) and "x_proj" in plan.weights:
-            mixer.x_proj.input_scale_folded = True
+    if isinstance(mixer, MambaMixer):
+        mixer.x_proj.input_scale_folded = plan.folds_x_scale
+
+
+def int8_parameters(block: Block) -> list[tuple[nn.Module, str]]:
+    """The module and name of each parameter that ``BlockPlan.int8_parameters`` is about."""
+    mixer = block.mixer
+    found: list[tuple[nn.Module, str]] = [(mixer.ssm, "A_log"), (mixer.ssm, "D")]
+    if isinstance(mixer, MambaMixer):
+        found.append((mixer.ssm, "dt_bias"))
+    if mixer.conv1d.bias is not None:
+        found.append((mixer.conv1d, "bias"))
+    return found
+
+
+def set_parameter(module: nn.Module, name: str, value: QuantizedParameter) -> None:
+    """Put int8 where a float parameter was."""
+    delattr(module, name)  # a module cannot be assigned over a parameter
+    setattr(module, name, value)
 
 
 def skeleton(plan: Plan) -> MambaLM:
@@ -58,6 +78,11 @@ def _shape_block(block: Block, plan: Plan, i: int) -> None:
             getattr(mixer, name).set_weight(QuantizedWeight.empty(shape, formats.weights[name]))
     if formats.conv is not None:
         mixer.conv1d.set_weight(_empty_like(mixer.conv1d.weight, formats.conv))
+    if formats.int8_parameters:
+        for module, name in int8_parameters(block):
+            shape = getattr(module, name).shape
+            split = name == "bias" and formats.conv is not None and formats.conv.parts is not None
+            set_parameter(module, name, QuantizedParameter.empty(shape, per_channel=split))
     if formats.int8_activations:
         for leaf, segments in block_segments(plan, None).items():
             size = sum(len(s.groups) for s in segments)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quamba.formats.activation import Activation, Quantized
+from quamba.formats.activation import Activation, Quantized, Rounding
 from quamba.formats.weight import QuantizedWeight
 from quamba.kernels.reference.quantize import quantize_or_cast
 
@@ -20,6 +20,7 @@ def causal_conv1d(
     mask: Tensor | None = None,
     out_scale: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
+    rounding: Rounding = "half_even",
 ) -> Tensor:
     """y[t, c] = silu(bias[c] + sum_w weight[c, w] * x[t - W + 1 + w, c])
 
@@ -29,6 +30,7 @@ def causal_conv1d(
     state    (B, W - 1, C) in the format of x: the inputs before the first, overwritten with the
              last ones; None means zeros
     mask     (B, L) bool or None: where False the input counts as zero and so does the output
+    rounding of the output's codes: ties "half_even" or "half_away"
     returns  (B, L, C) int8 codes of out_scale () or (C,) if given, else out_dtype
 
     With int8 x and a quantized weight the products and their sum are integers (exact in float32:
@@ -60,7 +62,7 @@ def causal_conv1d(
             acc *= scale
         if bias is not None:
             acc += bias.to(compute)
-        out[b] = quantize_or_cast(F.silu(acc), out_scale, out_dtype)
+        out[b] = quantize_or_cast(F.silu(acc), out_scale, out_dtype, rounding)
     if mask is not None:
         out *= mask[..., None].to(out.dtype)
     return out

@@ -21,10 +21,10 @@ def linear(
     out_dtype: torch.dtype = torch.float32,
     input_scale_folded: bool = False,
 ) -> Tensor:
-    """y[m, n] = s_x * sum_g weight.scale[n, g] * (sum_{k in g} x[m, k] * w[n, k]) + bias[n]
+    """y[m, n] = s_x * sum_g s_w[n, g] * (sum_{k in g} x[m, k] * w[n, k]) + bias[n];  w, s_w = weight.integers()
 
     x          (..., K): float; or int8 codes with a scalar scale s_x
-    weight     (N, K) float, or QuantizedWeight (int8 or packed int4; per tensor, channel or group)
+    weight     (N, K) float, or QuantizedWeight of any format
     bias       (N,) float or None
     out_scale  None, or () or (N,) float32: y is rounded to int8 codes of this scale
     input_scale_folded  the columns of ``weight`` already contain the scale of x, so s_x = 1
@@ -47,7 +47,7 @@ def linear(
     else:
         raise ValueError("a per-channel input scale must be folded into the weight's columns")
     codes = x.codes.reshape(-1, x.codes.shape[-1])
-    w = weight.codes()
+    w, scale = weight.integers()
     out = torch.empty(
         codes.shape[0],
         w.shape[0],
@@ -55,7 +55,7 @@ def linear(
         device=codes.device,
     )
     for start, stop in slabs(codes.shape[0], codes.device):
-        y = _scaled_sums(codes[start:stop], w, weight.scale).mul_(x_scale)
+        y = _scaled_sums(codes[start:stop], w, scale).mul_(x_scale)
         if bias is not None:
             y += bias
         out[start:stop] = quantize_or_cast(y, out_scale, out_dtype)
