@@ -18,6 +18,7 @@ OPTIONAL = {
     "datasets": "datasets",
     "sentencepiece": "sentencepiece",
     "matplotlib": "matplotlib",
+    "pynvml": "nvidia-ml-py",
     "sklearn": "scikit-learn",
     "zstandard": "zstandard",
 }

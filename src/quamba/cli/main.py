@@ -11,6 +11,8 @@ _COMMANDS = {
     "quantize": ("quantize", "Quantize a float model by a recipe and save it."),
     "evaluate": ("evaluate", "Measure the perplexity of a model, float or quantized."),
     "generate": ("generate", "Continue a prompt."),
+    "chat": ("chat", "Talk with a model that keeps its memory between turns."),
+    "profile": ("profile", "Measure size and speed on this machine."),
     "inspect": ("inspect", "Show what is quantized how, without loading weights."),
     "recipes": ("recipes", "List the shipped recipes."),
     "demo": ("demo", "Quantize the bundled Mamba2 model, measure it, generate from it."),
