@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quamba.api import Model, load, quantize, save
+    from quamba.api import Model, convert, export_zoo, load, quantize, save
     from quamba.calibration.data import CalibrationSet, CalibrationSpec, load_calibration
     from quamba.errors import QuambaError
     from quamba.recipes.recipe import Recipe, load_recipe
@@ -25,6 +25,8 @@ __version__ = "0.1.0"
 # Imported on first use, so that `import quamba` and `quamba --help` do not wait for torch.
 _HOMES = {
     "Model": "quamba.api",
+    "convert": "quamba.api",
+    "export_zoo": "quamba.api",
     "load": "quamba.api",
     "quantize": "quamba.api",
     "save": "quamba.api",
@@ -45,6 +47,8 @@ __all__ = [
     "Recipe",
     "SamplingParams",
     "__version__",
+    "convert",
+    "export_zoo",
     "load",
     "load_calibration",
     "load_recipe",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from quamba.calibration.data import CalibrationSet, CalibrationSpec, load_calibration
 from quamba.checkpoints.float import read_float
-from quamba.checkpoints.quantized import is_quantized, read_quantized, write_quantized
+from quamba.checkpoints.quantized import describe_quantized, write_quantized
+from quamba.checkpoints.source import read_json
 from quamba.checkpoints.source import resolve as resolve_source
+from quamba.checkpoints.stored import StoredModel, read_stored, stored_format
 from quamba.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from quamba.checkpoints.upstream import write_state_spaces
 from quamba.errors import QuambaError, nearest
@@ -25,6 +27,7 @@ from quamba.quantization.pipeline import Progress, quantize_model
 from quamba.recipes.plan import Plan, resolve
 from quamba.recipes.recipe import Recipe, load_recipe
 from quamba.recipes.report import Report
+from quamba.recipes.skeleton import set_flags
 from quamba.runtime.generate import Generation, Prompts, generate
 from quamba.runtime.sampling import SamplingParams
 
@@ -146,29 +149,70 @@ class Model:
 def load(
     path_or_id: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Model:
-    """A float checkpoint (state-spaces or Hugging Face format) or one of our quantized folders.
+    """A float checkpoint (state-spaces or Hugging Face format) or a quantized one, ours or published.
 
     device  "cpu", "cuda", "cuda:1", ..., or "auto" for CUDA where there is one
-    dtype   of floats between leaves, and of a float model's projections; None: float32 on a CPU,
-            float16 on a GPU
+    dtype   of floats between leaves, and of a float model's projections; None: float16 on a GPU; on a CPU
+            float32, or what the model was saved in if it is quantized with int8 activations
     Raises QuambaError in one sentence for anything missing, truncated, newer or unknown.
     """
     target = choose_device(device)
     folder = resolve_source(path_or_id)
-    dtype = dtype or (torch.float16 if target.type == "cuda" else torch.float32)
-    if is_quantized(folder):
-        stored = read_quantized(folder)
+    usual = torch.float16 if target.type == "cuda" else torch.float32
+    if stored_format(folder) is not None:
+        stored = read_stored(folder, str(path_or_id))
         model = Model(stored.network, None, stored.source, stored.plan, stored.report)
+        if target.type == "cpu" and stored.plan.needs_activation_scales:
+            # The scales were chosen for floats of this width: others move codes to their neighbours.
+            usual = stored.network.lm_head.compute_dtype
     else:
         checkpoint = read_float(folder)
         network = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors)
         model = Model(network, None, str(path_or_id))
-    model.network.set_compute_dtype(dtype).to(target)
-    try:
-        model.tokenizer = load_tokenizer(folder, model.config, str(path_or_id))
-    except QuambaError as error:  # ids need none; whatever needs one raises this
-        model.tokenizer_error = str(error)
+    model.network.set_compute_dtype(dtype or usual).to(target)
+    _add_tokenizer(model, folder, str(path_or_id))
     return model
+
+
+def convert(
+    path_or_id: str | Path,
+    folder: str | Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Model:
+    """Write a published checkpoint in our format, its floats as they are stored; returns the model.
+
+    changes  recipe fields that need no other tensors, such as {"overflow": "wrap"}
+    Raises QuambaError for anything but a published checkpoint, and as ``load`` does.
+    """
+    found = resolve_source(path_or_id)
+    if stored_format(found) != "zoo":
+        kind = describe_quantized(read_json(found / "config.json")) or "a float model"
+        raise QuambaError(f"'{path_or_id}' is {kind}, expected a model of the published Quamba zoo.")
+    stored = read_stored(found, str(path_or_id))
+    model = Model(stored.network, None, stored.source, _changed(stored, changes or {}))
+    _add_tokenizer(model, found, str(path_or_id))
+    save(model, folder, overwrite=overwrite)
+    return model
+
+
+def export_zoo(path_or_id: str | Path, folder: str | Path, *, overwrite: bool = False) -> list[str]:
+    """Write a quantized model in the published format, for the code that made it popular.
+
+    Returns what a user should know of the result, one sentence each. Raises QuambaError for models that the
+    format cannot hold, with the reason.
+    """
+    from quamba.checkpoints.zoo.write import write_zoo
+
+    found = resolve_source(path_or_id)
+    if stored_format(found) is None:
+        raise QuambaError(f"'{path_or_id}' is not quantized, expected a quantized model; quantize it first.")
+    stored = read_stored(found, str(path_or_id))
+    model = Model(stored.network, None, stored.source, stored.plan)
+    _add_tokenizer(model, found, str(path_or_id))
+    files = () if model.tokenizer is None else model.tokenizer.files
+    return write_zoo(folder, stored.network, stored.plan, tokenizer_files=files, overwrite=overwrite)
 
 
 def quantize(
@@ -241,6 +285,21 @@ def choose_device(device: str | torch.device) -> torch.device:
             "use 'cpu' or 'auto'."
         )
     return target
+
+
+def _add_tokenizer(model: Model, folder: Path, source: str) -> None:
+    try:
+        model.tokenizer = load_tokenizer(folder, model.config, source)
+    except QuambaError as error:  # ids need none; whatever needs one raises this
+        model.tokenizer_error = str(error)
+
+
+def _changed(stored: StoredModel, changes: Mapping[str, Any]) -> Plan:
+    """The plan with other recipe fields, which the network's leaves are told."""
+    plan = resolve(stored.plan.recipe.replace(**changes), stored.plan.config)
+    for block, formats in zip(stored.network.blocks, plan.blocks, strict=True):
+        set_flags(block, formats)
+    return plan
 
 
 def _has_text(prompts: Prompts) -> bool:

@@ -264,3 +264,17 @@ def test_a_missing_package_is_named(
         QuambaError, match=r"needs the package 'sentencepiece'.*pip install 'quamba\[sentencepiece\]'"
     ):
         loaded(tmp_path, models["bpe"], PUBLISHED_8B_FILE)
+
+
+def test_a_continuation_keeps_its_first_space(tmp_path: Path, models: dict[str, bytes], kind: str) -> None:
+    """Decoded alone it would lose it: the prompt's ids say that it does not begin a text."""
+    tokenizer = loaded(tmp_path, models[kind])
+    ids = tokenizer.encode("It is a truth universally known")
+    cut = next(i for i in range(1, len(ids)) if tokenizer.decode(ids[:i]) == "It is")
+    prompt, rest = ids[:cut], ids[cut:]
+    assert tokenizer.decode(rest).startswith("a") == (kind != "no-prefix")
+    assert tokenizer.decode_after(prompt, rest) == " a truth universally known"
+    steps = [torch.tensor([i]) for i in rest]
+    assert "".join(stream_text(steps, tokenizer, context=prompt)) == " a truth universally known"
+    assert "".join(stream_text(steps, tokenizer, (" univ",), context=prompt)) == " a truth"
+    assert tokenizer.decode_after([], rest) == tokenizer.decode(rest)

@@ -83,7 +83,10 @@ def test_a_stored_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(QuambaError, match=r"'quamba-x-w8a8'.* Did you mean 'quamba-x-w8a8'"):
         find_model("quamba-x-w8a9", root)
     with pytest.raises(QuambaError, match="give --pretrained_dir DIR"):
-        find_model("ut-enyac/quamba-x-w8a8", None)
+        find_model("quamba-x-w8a8", None)
+    # Published ones that are not stored are on the hub.
+    assert find_model("ut-enyac/quamba-z-w8a8", None) == "ut-enyac/quamba-z-w8a8"
+    assert find_model("ut-enyac/quamba-z-w8a8", root) == "ut-enyac/quamba-z-w8a8"
 
 
 def _stored(**calibration: Any) -> dict[str, Any]:

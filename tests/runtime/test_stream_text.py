@@ -129,3 +129,10 @@ def test_stop_texts(bytes_tokenizer: Tokenizer) -> None:
 def test_a_negative_id_ends_the_text(bytes_tokenizer: Tokenizer) -> None:
     ids = bytes_tokenizer.encode("ab")
     assert pieces(bytes_tokenizer, [*ids, -1, *ids]) == ["a", "b"]
+
+
+def test_bytes_need_no_context(bytes_tokenizer: Tokenizer) -> None:
+    """A prompt may end inside a character; what follows is decoded alone."""
+    ids = bytes_tokenizer.encode("a🌍 b")
+    assert bytes_tokenizer.context(ids) == []
+    assert bytes_tokenizer.decode_after(ids[:3], ids[3:]) == bytes_tokenizer.decode(ids[3:])

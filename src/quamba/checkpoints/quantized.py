@@ -24,6 +24,7 @@ from quamba.checkpoints.tensors import (
     written_beside,
 )
 from quamba.checkpoints.tokenizer import Tokenizer
+from quamba.checkpoints.zoo.config import ZOO_KEYS, is_zoo_config
 from quamba.errors import QuambaError, nearest, one_of
 from quamba.models.config import Family, ModelConfig, config_from_dict
 from quamba.models.lm import MambaLM
@@ -46,8 +47,6 @@ DTYPES = {
 CONFIG_FILE, REPORT_FILE = "config.json", "quantization_report.json"
 #: Keys of config.json beside the model's own sizes and switches.
 _LABELS = ("model_type", "dtype", "eos_token_id", "quantization_config")
-#: Top-level keys in the config.json of the published Quamba models.
-_ZOO_KEYS = ("norm_cfg", "embedding_cfg", "lm_head_cfg")
 #: What quantization_config must hold beside quant_method and format_version.
 _QUANTIZATION_FIELDS: dict[str, type] = {"recipe": dict, "source": str, "calibration": dict}
 
@@ -80,11 +79,8 @@ def is_quantized(folder: str | Path) -> bool:
 
 def describe_quantized(fields: Mapping[str, Any]) -> str | None:
     """What kind of quantized model a config.json belongs to, to go after "is"; None for a float one."""
-    for key in _ZOO_KEYS:
-        if fields.get(key) is not None:
-            return (
-                f"a model of the published Quamba zoo, in the format of that code ('{key}' in {CONFIG_FILE})"
-            )
+    if is_zoo_config(fields):
+        return f"a model of the published Quamba zoo (its {CONFIG_FILE} has {' or '.join(ZOO_KEYS)})"
     quantization = fields.get("quantization_config")
     if quantization is None:
         return None
@@ -143,15 +139,25 @@ def read_quantized(folder: str | Path) -> StoredModel:
     folder = Path(folder)
     fields = read_json(folder / CONFIG_FILE)
     stored = _quantization_fields(folder, fields)
-    where = f"in the {CONFIG_FILE} of '{folder}'"
-    recipe = _parse(f"The recipe {where}", Recipe.from_dict, stored["recipe"])
-    plan = resolve(recipe, _model_config(folder, fields))
+    plan = _plan(folder, fields, stored)
     dtype = fields.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise one_of(f"'dtype' {where}", dtype, DTYPES)
+        raise one_of(f"'dtype' in the {CONFIG_FILE} of '{folder}'", dtype, DTYPES)
     network = _empty(plan, DTYPES[dtype])
     _fill(network, open_tensors(folder), folder)
     return StoredModel(network, plan, stored["source"], _read_report(folder), stored["calibration"])
+
+
+def read_plan(folder: str | Path) -> Plan:
+    """What a folder in our format holds, from its config.json alone."""
+    folder = Path(folder)
+    fields = read_json(folder / CONFIG_FILE)
+    return _plan(folder, fields, _quantization_fields(folder, fields))
+
+
+def _plan(folder: Path, fields: Mapping[str, Any], stored: Mapping[str, Any]) -> Plan:
+    what = f"The recipe in the {CONFIG_FILE} of '{folder}'"
+    return resolve(_parse(what, Recipe.from_dict, stored["recipe"]), _model_config(folder, fields))
 
 
 def _empty(plan: Plan, dtype: torch.dtype) -> MambaLM:

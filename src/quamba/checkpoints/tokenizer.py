@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,6 +34,10 @@ _SIDE_FILES = (
     "chat_template.json",
 )
 _END_OF_TEXT = "<|endoftext|>"
+
+
+#: Ids before a text that decide whether it begins with a space; more than one, as some have no text.
+_CONTEXT_IDS = 4
 
 
 class Tokenizer:
@@ -96,6 +101,20 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def decode_after(self, context: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of ids that continue ``context``: with the space that some decoders drop at a beginning."""
+        before = self.context(context)
+        return self.decode([*before, *ids])[len(self.decode(before)) :] if before else self.decode(ids)
+
+    def context(self, ids: Sequence[int]) -> list[int]:
+        """The last of the ids before a text, as many as its decoding depends on; none for most tokenizers."""
+        return list(ids[-_CONTEXT_IDS:]) if self._drops_first_space else []
+
+    @functools.cached_property
+    def _drops_first_space(self) -> bool:
+        ids = self.encode("a b", add_special_tokens=False)
+        return len(ids) > 1 and self.decode(ids) == "a b" and not self.decode(ids[1:]).startswith(" ")
 
     def fingerprint(self) -> str:
         """sha256 of the file of the vocabulary, in hex."""

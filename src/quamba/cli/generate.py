@@ -144,7 +144,9 @@ def _stream(
     if model.tokenizer is None:
         click.echo(" ".join(str(int(ids[0])) for ids in steps))
         return
-    for piece in stream_text(steps, model.tokenizer):
+    prompt = prompts[0]
+    context = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt.tolist()
+    for piece in stream_text(steps, model.tokenizer, context=context):
         click.echo(piece, nl=False)
     click.echo()
 

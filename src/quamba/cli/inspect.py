@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,17 +31,21 @@ def command(model: str | None, recipe: str | None, pretrained_dir: str | None, a
             raise QuambaError("There is nothing to inspect, expected MODEL, --recipe or both.")
         _print_recipe(load_recipe(recipe), as_json)
         return
-    from quamba.checkpoints.quantized import is_quantized, read_quantization_config
+    from quamba.checkpoints.source import CHECKPOINT_FILES
     from quamba.checkpoints.source import resolve as resolve_source
+    from quamba.checkpoints.stored import read_stored_plan, stored_format
     from quamba.cli.store import find_model
 
-    folder = resolve_source(find_model(model, pretrained_dir), patterns=("config.json",))
+    source = find_model(model, pretrained_dir)
+    folder = resolve_source(source, patterns=("config.json",))
     stored: dict[str, Any] = {}
-    if is_quantized(folder):
+    format = stored_format(folder)
+    if format is not None:
         if recipe is not None:
             raise QuambaError(f"'{model}' is quantized already, expected a float model with --recipe.")
-        stored = read_quantization_config(folder)
-        plan = _stored_plan(folder, stored)
+        if format == "zoo":  # whether it has head groups is written in its weight file alone
+            folder = resolve_source(source, patterns=CHECKPOINT_FILES)
+        plan, stored = read_stored_plan(folder)
     else:
         plan = _float_plan(folder, None if recipe is None else load_recipe(recipe))
     rows = plan_rows(plan)
@@ -51,6 +54,7 @@ def command(model: str | None, recipe: str | None, pretrained_dir: str | None, a
         "model": model,
         "family": plan.config.family,
         "recipe": plan.recipe.name,
+        "format": {"quamba": "ours", "zoo": "published"}.get(format or ""),
         "source": stored.get("source"),
         "calibration": _described(stored.get("calibration")),
         "solver": plan.recipe.solver.kind,
@@ -67,19 +71,6 @@ def command(model: str | None, recipe: str | None, pretrained_dir: str | None, a
     shown = ("part", "precision", "weights", "activations", "state")
     cells = [[row[key] for key in shown] + [f"{mib(row['bytes']):.2f}"] for row in rows]
     click.echo(table((*shown, "MiB"), cells))
-
-
-def _stored_plan(folder: Path, stored: dict[str, Any]) -> Plan:
-    from quamba.checkpoints.source import read_json
-    from quamba.models.config import FAMILIES, config_from_dict
-    from quamba.recipes.plan import resolve
-    from quamba.recipes.recipe import Recipe
-
-    fields = read_json(folder / "config.json")
-    family = FAMILIES.get(fields.get("family", ""))
-    sizes = {"family", *(field.name for field in dataclasses.fields(family))} if family else {"family"}
-    config = config_from_dict({key: value for key, value in fields.items() if key in sizes})
-    return resolve(Recipe.from_dict(stored["recipe"]), config)
 
 
 def _float_plan(folder: Path, recipe: Recipe | None) -> Plan:
@@ -147,8 +138,8 @@ def _row(
 def _format(format: WeightFormat | None) -> str:
     if format is None:
         return "float"
-    scales = f"group {format.group_size}" if format.granularity == "group" else format.granularity
-    return f"int{format.bits} {scales}"
+    scales = format.granularity.replace("_", " ")
+    return f"int{format.bits} {scales}{'' if format.group_size is None else f' {format.group_size}'}"
 
 
 def _sizes(plan: Plan) -> dict[str, int]:

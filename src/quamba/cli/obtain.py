@@ -58,15 +58,15 @@ def obtain(
     check_drawn        told the samples drawn from it
     """
     from quamba.api import choose_device, load
-    from quamba.checkpoints.quantized import is_quantized
     from quamba.checkpoints.source import resolve as resolve_source
+    from quamba.checkpoints.stored import stored_format
 
     choose_device(device)
     if flags.output_subdir is not None and flags.pretrained_dir is None:
         raise QuambaError("--output_subdir needs --pretrained_dir DIR, the folder that it is under.")
     source = find_model(argument, flags.pretrained_dir, flags.output_subdir)
     local = resolve_source(source)
-    if is_quantized(local):
+    if stored_format(local) is not None:
         if flags.quantize:
             say(f"--quantize is ignored: '{source}' is quantized already.")
         return _timed_load(source, device, local)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quamba.cli.console import say
 from quamba.errors import QuambaError, nearest
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ def stored_folder(root: str | Path, name: str, subdir: str | None, alpha: float 
 
 
 def find_model(model: str, root: str | None, subdir: str | None = None) -> str:
-    """A folder as it is, a stored model by its name (``ut-enyac/`` may be left out), else MODEL, a hub id."""
+    """A folder as it is, a stored model by its name (``ut-enyac/`` may be left out), else MODEL, a hub id.
+
+    Published models that are not stored (``ut-enyac/quamba2-2.7b-w4a8``) come from the hub.
+    """
     if Path(model).expanduser().exists():
         return model
     if root is not None:
@@ -53,7 +57,7 @@ def find_model(model: str, root: str | None, subdir: str | None = None) -> str:
         for folder in places:
             if (folder / "config.json").is_file():
                 return str(folder)
-    if model_name(model).startswith("quamba") and str(Path(model).parent) in (".", OWNER):
+    if model_name(model).startswith("quamba") and str(Path(model).parent) == ".":
         raise _not_stored(model, root)
     return model
 
@@ -75,10 +79,15 @@ def check_replaceable(folder: Path, force: bool) -> None:
 
 
 def check_same(folder: Path, recipe: Recipe, source: str, calibration: CalibrationSpec | None) -> None:
-    """Refuse a stored model that is not what is asked for, saying what differs."""
-    from quamba.checkpoints.quantized import is_quantized, read_quantization_config
+    """Refuse a stored model that is not what is asked for, saying what differs; take a published one."""
+    from quamba.checkpoints.quantized import read_quantization_config
+    from quamba.checkpoints.stored import stored_format
 
-    if not is_quantized(folder):
+    format = stored_format(folder)
+    if format == "zoo":
+        say(f"'{folder}' is a published model: how it was calibrated is not known, and not compared.")
+        return
+    if format is None:
         raise QuambaError(f"'{folder}' exists and is no quantized model; choose another --pretrained_dir.")
     stored = read_quantization_config(folder)
     found = differences(stored, recipe, source, calibration)
@@ -95,7 +104,11 @@ def differences(
 
     The calibration text is compared by its name, not by its content: that would mean reading it.
     """
-    found = _differing(stored["recipe"], json.loads(json.dumps(recipe.to_dict())), "recipe")
+    from quamba.recipes.recipe import Recipe
+
+    # By way of a Recipe: a field that is newer than the stored model has its default there.
+    kept = json.loads(json.dumps(Recipe.from_dict(stored["recipe"]).to_dict()))
+    found = _differing(kept, json.loads(json.dumps(recipe.to_dict())), "recipe")
     if not _same_place(stored["source"], source):
         found.append(f"source '{stored['source']}' instead of '{source}'")
     return found + _calibration_differences(stored["calibration"], calibration)

@@ -243,9 +243,9 @@ def _new_rows(run: Run) -> list[_Row]:
     return [
         _Row(
             None if run.sampling.greedy else _row_generator(run.seed, i, run.network.device),
-            TextStream(run.tokenizer, run.stop) if run.stop and run.tokenizer is not None else None,
+            TextStream(run.tokenizer, run.stop, prompt) if run.stop and run.tokenizer is not None else None,
         )
-        for i in range(len(run.prompts))
+        for i, prompt in enumerate(run.prompts)
     ]
 
 
@@ -256,7 +256,7 @@ def _row_generator(seed: int, row: int, device: torch.device) -> torch.Generator
 
 
 def _generation(run: Run, prompt: list[int], row: _Row, timing: _Timing) -> Generation:
-    text = "" if run.tokenizer is None else run.tokenizer.decode(row.ids)
+    text = "" if run.tokenizer is None else run.tokenizer.decode_after(prompt, row.ids)
     assert row.finished is not None
     return Generation(
         prompt_ids=prompt,

@@ -12,14 +12,20 @@ _BROKEN = "\ufffd"  # what decoders give for bytes that are no whole character
 
 
 def stream_text(
-    steps: Iterable[Tensor], tokenizer: Tokenizer, stop: Sequence[str] = (), *, row: int = 0
+    steps: Iterable[Tensor],
+    tokenizer: Tokenizer,
+    stop: Sequence[str] = (),
+    *,
+    context: Sequence[int] = (),
+    row: int = 0,
 ) -> Iterator[str]:
     """The text of one sequence of a batch, in pieces that can be printed as they come.
 
+    context  the ids of the prompt
     steps    new ids (B,) int64 of each step, as ``Run.stream`` gives them; a negative id ends the text
     yields   non-empty pieces; joined they are ``Generation.text`` of that row
     """
-    text = TextStream(tokenizer, stop)
+    text = TextStream(tokenizer, stop, context)
     for ids in steps:
         token = int(ids[row])
         if token < 0:
@@ -39,19 +45,20 @@ class TextStream:
     could be the beginning of a stop text. Joined, the pieces are the decoded ids up to the first stop text.
     (Decoders with byte fallback replace all of a run of bytes if one is broken; pieces that are out stay.)
 
+    context  the ids before the text
     stopped  a stop text has appeared; nothing more comes
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), context: Sequence[int] = ()) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         # Only the latest ids are decoded again, so that the cost of a token does not grow with the text.
         # The window begins at ids whose text is out already: decoders treat the first token specially. It is
         # more than spaces, because some decoders drop all spaces that a text begins with.
-        self._window: list[int] = []
-        self._settled = 0  # ids of the window whose text is out
-        self._given = 0  # characters of the window's text that are out
+        self._window = tokenizer.context(context)
+        self._settled = len(self._window)  # ids of the window whose text is out
+        self._given = len(tokenizer.decode(self._window))  # characters of the window's text that are out
         self._held = ""
 
     def push(self, token: int) -> str:
