@@ -74,6 +74,7 @@ def test_no_mode_means_all(run: Run, here: Path) -> None:
     ):
         assert sum(line.startswith(opening) for line in lines) == 1, opening
     assert "Batch 1, prompts of 6 random tokens, 3 new tokens in ttlt:" in lines
+    assert "weights: head" not in result.stdout  # no line of zeros
     assert result.stderr == ""
 
 

@@ -54,6 +54,14 @@ def test_tpot_is_one_step_after_the_prompt(network: MambaLM) -> None:
     assert torch.equal(seen[1][:, 0], logits[:, :61].argmax(-1))
 
 
+def test_tpot_goes_on_from_the_cache(network: MambaLM) -> None:
+    work = job(network, "tpot", SPEC)
+    (prompt,) = drawn(SPEC, 1)
+    chosen = work.run(work.prepare())
+    assert isinstance(chosen, Tensor)
+    assert torch.equal(chosen, greedy(network, prompt, 2)[:, 1])
+
+
 def test_ttlt_is_a_prefill_and_all_steps_but_one(network: MambaLM) -> None:
     seen = watch(network)
     found = measure(network, "ttlt", SPEC, Silent())

@@ -62,6 +62,11 @@ def test_the_size_runs_no_model(network: MambaLM, monkeypatch: pytest.MonkeyPatc
     assert profile(network, only("size")).size is not None
 
 
+def test_no_time_limit_is_valid_json(network: MambaLM) -> None:
+    report = profile(network, dataclasses.replace(only("size"), max_seconds=float("inf")))
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["spec"]["max_seconds"] is None
+
+
 def test_progress_is_told(network: MambaLM) -> None:
     told: list[Any] = []
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import tiny_config, tiny_model
 
 from quamba.profiling.spec import Mode, ProfileSpec
@@ -15,12 +16,16 @@ from quamba.profiling.trace import TRACED_RUNS, trace
 SPEC = ProfileSpec(prompt_len=6, gen_len=3)
 NAMES = {"ttft": "ttft_prompt_len_6", "tpot": "tpot", "ttlt": "ttlt_prompt_len_6_gen_len_3"}
 FORWARDS = {"ttft": 5, "tpot": 5, "ttlt": 3}
+ALL_FORWARDS = {"ttft": 6, "tpot": 7, "ttlt": 6}
 
 
 @pytest.mark.parametrize("mode", NAMES)
 def test_trace_and_table(tmp_path: Path, mode: Mode) -> None:
     network = tiny_model(tiny_config("mamba2"))
+    shapes: list[torch.Size] = []
+    network.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
     found = trace(network, mode, SPEC, tmp_path / "new" / "folder")
+    assert len(shapes) == ALL_FORWARDS[mode]  # one run more, that warms up; for tpot the prompt too
     assert found.runs == TRACED_RUNS[mode]
     assert {path.name for path in found.trace.parent.iterdir()} == {
         f"{NAMES[mode]}.pt.trace.json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +80,12 @@ class ProfileReport:
     peak: PeakMemory | None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        spec = dataclasses.asdict(self.spec)
+        """JSON-ready; no time limit is None, since JSON has no infinity."""
+        spec = {**dataclasses.asdict(self.spec), "modes": list(self.spec.modes)}
+        if math.isinf(self.spec.max_seconds):
+            spec["max_seconds"] = None
         return {
-            "spec": {**spec, "modes": list(self.spec.modes)},
+            "spec": spec,
             "device": self.device,
             "hardware": self.hardware,
             "threads": self.threads,
