@@ -124,6 +124,12 @@ class WeightFormat:
             )
         return size
 
+    @property
+    def row_parts(self) -> list[int]:
+        """``parts`` of a format that a plan has placed."""
+        assert self.parts is not None, "only a plan knows the parts of granularity 'split'"
+        return list(self.parts)
+
     def n_groups(self, in_features: int) -> int:
         """Scales in one row."""
         return in_features // self.group_width(in_features)
@@ -200,7 +206,7 @@ class QuantizedWeight(nn.Module):
 
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, format: WeightFormat) -> QuantizedWeight:
-        """From unpacked codes, int8 [N, K], and scales of ``format.one_level``, in its stored shape and dtype.
+        """From unpacked codes, int8 [N, K], and scales of ``format.one_level``, in shape and dtype as stored.
 
         For "two_level" they are taken apart: the row's scale is max_k |scale * code| / 127, in 11 significant
         bits and rounded up, and those of its groups are divided by it.
@@ -213,7 +219,9 @@ class QuantizedWeight(nn.Module):
         reach = apply_scale(codes, scale, torch.float32).abs().amax(1, keepdim=True)
         row = round_significant(reach / 127, up=True)
         row = torch.where(reach > 0, row, scale[:, :1].float())
-        return cls(data, (scale.float() / row).to(format.scale_dtype), format, row)
+        # Only a group whose codes are all 0 can have more than 127, and it may have any scale.
+        group = (scale.float() / row).clamp(max=127)
+        return cls(data, group.to(format.scale_dtype), format, row)
 
     @classmethod
     def empty(

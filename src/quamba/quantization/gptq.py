@@ -133,8 +133,9 @@ def solve(
     hessian  [K, K] float, symmetric, positive semidefinite up to rounding; singular and zero are fine
     cross    [K, K] from ``accumulate_cross``, with hessian from x_hat: minimise ``|W x - Q xhat|^2`` instead,
              which undoes part of the error that x_hat brings from earlier layers
-    scale    fixed scales, in the stored shape and dtype; by default they are chosen and refined
-    returns  the weight, on the device of ``weight``, and its losses
+    scale    fixed scales, as ``absmax_scale`` gives them; by default they are chosen and refined
+    returns  the weight, on the device of ``weight``, and its losses: with two levels of scales, those of the
+             integers that come of them
     Deterministic. Raises QuambaError for non-finite inputs and shapes that the format does not fit.
     """
     config = config or GptqConfig()
@@ -283,9 +284,20 @@ def _refit_scale(
         normal.append(torch.stack(projected, dim=1).double())
         slope.append(((residual @ damped).view_as(grouped) * grouped).sum(-1).double())
     a, b = torch.cat(normal), torch.cat(slope)
+    if format.granularity == "split":
+        return _refit_parts(a, b, scale, format)
     if format.granularity == "tensor":
         a, b = a.sum(0, keepdim=True), b.sum(0, keepdim=True)
     return _accept_scale(a, b, scale, format)
+
+
+def _refit_parts(a: Tensor, b: Tensor, scale: Tensor, format: WeightFormat) -> Tensor:
+    """Equations of all rows [N, 1, 1] and [N, 1]: those of a part are added, since its rows share a scale."""
+    parts = format.row_parts
+    a, b = (torch.stack([part.sum(0) for part in rows.split(parts)]) for rows in (a, b))
+    shared = torch.stack([part[0] for part in scale.split(parts)])
+    fitted = _accept_scale(a, b, shared, format)
+    return fitted.repeat_interleave(torch.tensor(parts, device=fitted.device), dim=0)
 
 
 def _accept_scale(a: Tensor, b: Tensor, scale: Tensor, format: WeightFormat) -> Tensor:

@@ -14,12 +14,14 @@ from torch import Tensor
 from quamba.calibration.collect import Batch, StateWatch, Watch, collect
 from quamba.calibration.observers import AbsMax, ChannelMean
 from quamba.calibration.sites import BlockObservers, BlockScales, scale_of
+from quamba.errors import QuambaError
 from quamba.models.config import Mamba2Config
 from quamba.models.lm import MambaLM
 from quamba.models.mamba2 import Mamba2Mixer
 from quamba.quantization.convert import nearest, set_block_formats
 from quamba.quantization.embedding import loss_metric
 from quamba.quantization.gptq import solve
+from quamba.quantization.parameters import round_parameters
 from quamba.quantization.solve import ProjectionSolver, report_line, solver_config
 from quamba.quantization.streams import first_sequences
 from quamba.recipes.plan import Plan, resolve
@@ -63,9 +65,14 @@ def quantize_model(
     """Quantize a float model; the given one stays as it is.
 
     calibration  a ``CalibrationSet``; may be None for recipes without int8 activations, int8 states and GPTQ
-    Raises QuambaError before any work if the recipe does not fit the model.
+    Raises QuambaError before any work if the recipe does not fit the model or names no way to round weights.
     """
     plan = resolve(recipe, model.config)
+    if recipe.solver.kind == "unknown":
+        raise QuambaError(
+            f"The recipe '{recipe.name}' says that another program made the weights (solver 'unknown'),"
+            " expected the solver 'rtn' or 'gptq'."
+        )
     progress = progress or Silent()
     report = Report(recipe.to_dict(), calibration.to_dict() if calibration is not None else {})
     clock = _Clock(report.seconds)
@@ -81,11 +88,17 @@ def quantize_model(
     with clock("transforms"):
         if plan.rotate:
             rotate(model)
+        float_model = copy.deepcopy(model) if _aims_at_float_outputs(plan) else None
+        round_parameters(model, plan)
     with clock("activation scales"):
         blocks, head_scale = _activation_scales(model, plan, orders, calibration, progress)
     with clock("weights"):
-        _quantize_weights(model, plan, blocks, head_scale, calibration, progress, report)
+        _quantize_weights(model, float_model, plan, blocks, head_scale, calibration, progress, report)
     return model, plan, report
+
+
+def _aims_at_float_outputs(plan: Plan) -> bool:
+    return plan.recipe.solver.kind == "gptq" and plan.recipe.solver.propagate_error
 
 
 def _group_heads(
@@ -141,6 +154,7 @@ def _activation_scales(
 
 def _quantize_weights(
     model: MambaLM,
+    float_model: MambaLM | None,
     plan: Plan,
     blocks: list[BlockScales],
     head_scale: Tensor | None,
@@ -148,13 +162,14 @@ def _quantize_weights(
     progress: Progress,
     report: Report,
 ) -> None:
-    """Embedding, blocks in order, head. Each solver sees what the quantized layers before it give."""
+    """Embedding, blocks in order, head. Each solver sees what the quantized layers before it give.
+
+    float_model  the same function before anything was rounded, or None: not to be aimed at
+    """
     progress.stage("Weights", len(plan.blocks) + 1)
-    solver = plan.recipe.solver
-    float_model = copy.deepcopy(model) if solver.kind == "gptq" and solver.propagate_error else None
     if plan.embedding is not None:
         report.layers.append(_quantize_embedding(model, plan, calibration))
-    projections = ProjectionSolver(model, float_model, solver, calibration)
+    projections = ProjectionSolver(model, float_model, plan.recipe.solver, calibration)
     for i, block in enumerate(model.blocks):
         set_block_formats(block, plan.blocks[i], blocks[i])
         for name, format in plan.blocks[i].weights.items():

@@ -1,16 +1,20 @@
 """Round to nearest: choose scales, divide, round.
 
 The scales of a matrix ``[N, K]`` are chosen first and rounded to the dtype they are stored in, so the codes
-are computed with the very numbers that will dequantize them.
+are computed with the very numbers that will dequantize them. (Two levels of scales come after that: codes and
+scales are those of ``WeightFormat.one_level``, and ``QuantizedWeight.from_codes`` takes the scales apart.)
 """
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from quamba.errors import QuambaError
-from quamba.formats.weight import QuantizedWeight, WeightFormat, apply_scale
+from quamba.formats.weight import QuantizedWeight, WeightFormat, apply_scale, round_significant
 
 # Scale candidates relative to absmax_scale. Below 0.4 a group of 128 Gaussian weights loses more to clipping
 # than it can gain; a little above 1 can help because the grid then lands better.
@@ -25,8 +29,7 @@ def round_to_nearest(
     """``code = clamp(round_half_even(weight / scale), qmin, qmax)``
 
     weight      [N, K] float, finite
-    scale       in the stored shape and dtype, positive; by default ``absmax_scale``, or ``mse_scale`` if
-                importance is given
+    scale       as ``absmax_scale`` gives it; by default that, or ``mse_scale`` if importance is given
     importance  [K] float, weight of a column's squared error in the choice of scales
     Raises QuambaError for non-finite weights and shapes that the format does not fit.
     """
@@ -49,10 +52,14 @@ def absmax_scale(weight: Tensor, format: WeightFormat) -> Tensor:
     and the outermost weights may lie half a step beyond them.
 
     weight   [N, K] float
-    returns  stored shape and dtype of the format's scales, positive
+    returns  stored shape and dtype of the scales of ``format.one_level``, positive
     """
-    groups = as_groups(weight, format)
     _require_finite(weight)
+    return _part_by_part(_absmax, weight, format)
+
+
+def _absmax(weight: Tensor, format: WeightFormat) -> Tensor:
+    groups = as_groups(weight, format)
     low, high = groups.amin(-1), groups.amax(-1)
     if format.bits == 4:
         scale = torch.maximum(high / (format.qmax + 0.5), low / (format.qmin - 0.5))
@@ -69,14 +76,18 @@ def mse_scale(weight: Tensor, format: WeightFormat, importance: Tensor | None = 
 
     weight      [N, K] float
     importance  [K] float >= 0, for example the diagonal of the Hessian; equal weights by default
-    returns     stored shape and dtype of the format's scales, positive
+    returns     stored shape and dtype of the scales of ``format.one_level``, positive
     """
-    start = absmax_scale(weight, format)
+    _require_finite(weight)
+    weights = weight.new_ones(weight.shape[1]) if importance is None else importance
+    return _part_by_part(lambda rows, part: _least_squares(rows, part, weights), weight, format)
+
+
+def _least_squares(weight: Tensor, format: WeightFormat, importance: Tensor) -> Tensor:
+    start = _absmax(weight, format)
     groups = as_groups(weight, format)
-    if importance is None:
-        importance = weight.new_ones(weight.shape[1])
     members = importance.to(groups)
-    members = members.repeat(weight.shape[0]) if format.granularity == "tensor" else members
+    members = members.repeat(weight.shape[0]) if groups.shape[0] < weight.shape[0] else members
     members = members.view(1, *groups.shape[1:])
     rows = max(1, _CHUNK_ELEMENTS // groups[0].numel())
     return torch.cat(
@@ -108,14 +119,27 @@ def _search(groups: Tensor, start: Tensor, importance: Tensor, format: WeightFor
     return best
 
 
+def _part_by_part(
+    choose: Callable[[Tensor, WeightFormat], Tensor], weight: Tensor, format: WeightFormat
+) -> Tensor:
+    """``choose(weight, format)``; for granularity "split" part by part, its scale repeated for its rows."""
+    if format.granularity != "split":
+        return choose(weight, format)
+    parts = [
+        choose(rows, dataclasses.replace(format, parts=(len(rows),))).expand(len(rows), 1)
+        for rows in weight.split(format.row_parts)
+    ]
+    return torch.cat(parts)
+
+
 def as_groups(weight: Tensor, format: WeightFormat) -> Tensor:
     """View whose last dimension holds the weights that share a scale; the first two are the scale's shape.
 
-    weight   [N, K] float
+    weight   [N, K] float, for granularity "split" the rows of one part
     returns  [1, 1, N * K], [N, 1, K] or [N, G, group_size]; float64 stays, all else becomes float32
     """
     weight = _as_working_dtype(weight)
-    if format.granularity == "tensor":
+    if format.granularity in ("tensor", "split"):
         return weight.reshape(1, 1, -1)
     rows, columns = weight.shape
     return weight.reshape(rows, format.n_groups(columns), format.group_width(columns))
@@ -124,13 +148,17 @@ def as_groups(weight: Tensor, format: WeightFormat) -> Tensor:
 def store_scale(scale: Tensor, format: WeightFormat) -> Tensor:
     """Round to the dtype scales are stored in, and up to the smallest positive number there.
 
-    Raises QuambaError if a scale is too large for it.
+    Those of granularity "split" also to 11 significant bits: published checkpoints hold their quotients by
+    an output scale, from which so short a number can be found again.
+    Raises QuambaError if a scale is too large for the dtype.
     """
     stored = scale.clamp(min=format.smallest_scale).to(format.scale_dtype)
+    if format.granularity == "split":
+        stored = round_significant(stored.float()).to(format.scale_dtype)
     if not bool(torch.isfinite(stored).all()):
         raise QuambaError(
             f"A weight needs the scale {float(scale.max()):.3g}, more than {format.scale_dtype} can hold; "
-            "use granularity 'channel', whose scales are float32."
+            "use granularity 'channel' with scales of 32 bits."
         )
     return stored
 

@@ -21,10 +21,10 @@ def linear(
     out_dtype: torch.dtype = torch.float32,
     input_scale_folded: bool = False,
 ) -> Tensor:
-    """y[m, n] = s_x * sum_g s_w[n, g] * (sum_{k in g} x[m, k] * w[n, k]) + bias[n];  w, s_w = weight.integers()
+    """y[m, n] = s_x * sum_g s_w[n, g] * (sum_{k in g} x[m, k] * w[n, k]) + bias[n]
 
     x          (..., K): float; or int8 codes with a scalar scale s_x
-    weight     (N, K) float, or QuantizedWeight of any format
+    weight     (N, K) float, or QuantizedWeight of any format: w, s_w = weight.integers()
     bias       (N,) float or None
     out_scale  None, or () or (N,) float32: y is rounded to int8 codes of this scale
     input_scale_folded  the columns of ``weight`` already contain the scale of x, so s_x = 1
