@@ -103,7 +103,7 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def decode_after(self, context: Sequence[int], ids: Sequence[int]) -> str:
-        """The text of ids that continue ``context``: with the space that some decoders drop at a beginning."""
+        """The text of ids that continue ``context``, with the space that some decoders drop at its start."""
         before = self.context(context)
         return self.decode([*before, *ids])[len(self.decode(before)) :] if before else self.decode(ids)
 
