@@ -48,8 +48,9 @@ def test_inspect(run: Callable, store: Path) -> None:
     assert facts["plan"][1]["weights"] == "in_proj, out_proj: int4 two level 128; conv1d: int8 split"
 
 
-def test_measured_as_it_is(run: Callable, here: Path, store: Path) -> None:
-    scored = run(evaluate.command, NAME, "--pretrained_dir", "p", "--ppl_dataset", "eval.txt")
+def test_measured_as_it_is(run: Callable, here: Path, store: Path, assets: Path) -> None:
+    (here / "long.txt").write_text((assets / "data" / "heldout.txt").read_text()[:8000])
+    scored = run(evaluate.command, NAME, "--pretrained_dir", "p", "--ppl_dataset", "long.txt")
     assert scored.exit_code == 0, scored.stderr
     logged = run(
         published.command,
@@ -58,7 +59,7 @@ def test_measured_as_it_is(run: Callable, here: Path, store: Path) -> None:
         "p",
         "--eval_ppl",
         "--ppl_dataset",
-        "eval.txt",
+        "long.txt",
         "--log_dir",
         "logs",
         "--quantize",
