@@ -9,7 +9,7 @@ import torch
 from rounding import assert_codes, random_codes
 from torch import Tensor
 
-from quamba.formats.activation import Quantized
+from quamba.formats.activation import Quantized, Rounding
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.reference.conv import causal_conv1d
 
@@ -150,6 +150,23 @@ def test_codes_saturate() -> None:
     )
     x = Quantized(torch.tensor([[[127], [-128], [0]]], dtype=torch.int8), torch.tensor(1.0))
     assert causal_conv1d(x, weight, None, out_scale=torch.tensor(0.1)).flatten().tolist() == [127, 0, 0]
+
+
+@pytest.mark.parametrize(("rounding", "codes"), [("half_even", [0, 0]), ("half_away", [1, -1])])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_ties_of_the_output(rounding: Rounding, codes: list[int], quantized: bool) -> None:
+    """Scales of twice the output's size: its quotient is exactly a half."""
+    one = torch.tensor(1.0)
+    x, weight = torch.tensor([[[3.0, -1.0]]]), torch.ones(2, 1)
+    y = causal_conv1d(x, weight, None)
+    out_scale = 2 * y.abs().flatten()
+    if quantized:
+        given = Quantized(x.to(torch.int8), one)
+        taps = QuantizedWeight.from_codes(weight.to(torch.int8), torch.ones(2, 1), WeightFormat(8, "channel"))
+        found = causal_conv1d(given, taps, None, out_scale=out_scale, rounding=rounding)
+    else:
+        found = causal_conv1d(x, weight, None, out_scale=out_scale, rounding=rounding)
+    assert found.flatten().tolist() == codes
 
 
 def test_float_input_with_a_quantized_weight() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from rounding import assert_codes, random_codes
 
 from quamba.formats.activation import Quantized
+from quamba.formats.packing import pack_int4
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.reference.linear import int_matmul, linear
 from quamba.kernels.reference.slabs import CPU_ROWS
@@ -17,6 +20,9 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 FORMATS = {
     "int8-tensor": WeightFormat(8, "tensor"),
     "int8-channel": WeightFormat(8, "channel"),
+    "int8-split": WeightFormat(8, "split", parts=(4, 7)),
+    "int8-tensor-16": WeightFormat(8, "tensor", scale_bits=16),
+    "int8-channel-16": WeightFormat(8, "channel", scale_bits=16),
     "int8-group": WeightFormat(8, "group", 8),
     "int4-channel": WeightFormat(4, "channel"),
     "int4-group": WeightFormat(4, "group", 8),
@@ -93,6 +99,45 @@ def test_integer_product(name: str, rows: int, with_bias: bool) -> None:
         assert codes.dtype == torch.int8
         expected = (exact / out_scale.double()).round().clamp(-128, 127)
         assert torch.equal(codes.double(), expected)
+
+
+def random_two_levels(rows: int, columns: int, size: int, channel_scale: torch.Tensor) -> QuantizedWeight:
+    """Group scales in eighths up to 15.875: many products with codes lie in the middle of two integers."""
+    format = WeightFormat(4, "two_level", size)
+    codes = torch.randint(-8, 8, (rows, columns), dtype=torch.int8)
+    scale = torch.randint(1, 128, (rows, columns // size)).to(torch.float16) / 8
+    return QuantizedWeight(pack_int4(codes), scale, format, channel_scale)
+
+
+def two_level_integers(weight: QuantizedWeight) -> np.ndarray:
+    """round(scale * code) in exact arithmetic, ties to even, int64 [N, K]."""
+    width = weight.format.group_width(weight.shape[1])
+    rows = [
+        [round(Fraction(scales[k // width]) * code) for k, code in enumerate(codes)]
+        for codes, scales in zip(weight.codes().tolist(), weight.scale.tolist(), strict=True)
+    ]
+    return np.array(rows, dtype=np.int64)
+
+
+@pytest.mark.parametrize("size", [4, 8, 24])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_two_levels_of_scales(size: int, with_bias: bool) -> None:
+    weight = random_two_levels(11, 24, size, dyadic(11, 1))
+    integers = two_level_integers(weight)
+    assert 100 < np.abs(integers).max() <= 127
+    assert np.array_equal(weight.integers()[0].numpy(), integers)
+    x, bias = random_codes(9, 24), torch.randint(-64, 64, (11,)) / 16 if with_bias else None
+    sums = torch.from_numpy(x.numpy().astype(np.int64) @ integers.T).double()
+    exact = sums * weight.channel_scale[:, 0].double() * 2.0**-7 + (0 if bias is None else bias.double())
+    given = Quantized(x, torch.tensor(2.0**-7))
+    assert torch.equal(linear(given, weight, bias).double(), exact)
+    codes = linear(given, weight, bias, out_scale=torch.tensor(2.0**-4))
+    assert torch.equal(codes.double(), (exact * 16).round().clamp(-128, 127))
+    real = torch.from_numpy(integers).double() * weight.channel_scale.double()
+    wide = torch.randn(3, 24, dtype=torch.float64)
+    torch.testing.assert_close(
+        linear(wide, weight, out_dtype=torch.float64), wide @ real.T, rtol=1e-13, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("name", ["int8-channel", "int4-group"])

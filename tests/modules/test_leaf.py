@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounding import assert_codes
 
-from quamba.formats.activation import Quantized
+from quamba.formats.activation import Overflow, Quantized, Rounding
+from quamba.formats.hadamard import hadamard_matrix
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.registry import REFERENCE
 from quamba.modules.leaf import Leaf
@@ -58,6 +60,37 @@ def test_rotate_quantizes_with_and_without_rotating() -> None:
     assert leaf(x).codes.tolist() == [[5, -1, -2, 0]]
     leaf.out_scale = None
     assert leaf(x).tolist() == [[5.0, -1.0, -2.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rotate_rounds_sums_of_halves_once(dtype: torch.dtype) -> None:
+    """Sums rounded to 16 bits before they are divided would move some codes to the next integer."""
+    leaf, x = Rotate(), torch.randn(50, 64).to(dtype)
+    leaf.enabled, leaf.out_scale, leaf.compute_dtype = True, torch.tensor(0.03), dtype
+    exact = x.double() @ hadamard_matrix(64).T / leaf.out_scale.double()
+    twice = (exact * 0.03).to(dtype).double() / leaf.out_scale.double()
+    assert_codes(leaf(x).codes, exact)
+    assert (twice.round().clamp(-128, 127) != leaf(x).codes.double()).any()
+
+
+@pytest.mark.parametrize(
+    ("rounding", "overflow", "codes"),
+    [
+        ("half_even", "saturate", [-128, 127, 0, 2]),
+        ("half_away", "saturate", [-128, 127, 1, 3]),
+        ("half_even", "wrap", [106, -56, 0, 2]),
+        ("half_away", "wrap", [106, -56, 1, 3]),
+    ],
+)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_rotate_rounds_as_it_is_told(
+    rounding: Rounding, overflow: Overflow, codes: list[int], rotated: bool
+) -> None:
+    wanted = torch.tensor([[-150.0, 200.0, 0.5, 2.5]])
+    leaf = Rotate()
+    leaf.enabled, leaf.out_scale = rotated, torch.tensor(1.0)
+    leaf.rounding, leaf.overflow = rounding, overflow
+    assert leaf(wanted @ hadamard_matrix(4, torch.float32) if rotated else wanted).codes.tolist() == [codes]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])

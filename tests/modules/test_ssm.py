@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from quamba.formats.activation import Quantized
+from quamba.formats.parameter import QuantizedParameter
 from quamba.modules.conv import CausalConv1d
 from quamba.modules.ssm import SSD, Recurrence, SelectiveScan, is_step, only_token
+from quamba.recipes.skeleton import set_parameter
 
 
 def ssd() -> SSD:
@@ -65,3 +69,57 @@ def test_conv_windows(asked: torch.dtype | None, dtype: torch.dtype) -> None:
     leaf.compute_dtype, leaf.state_dtype = torch.float16, asked
     assert leaf.new_state(2, "cpu").shape == (2, 3, 6)
     assert leaf.new_state(2, "cpu").dtype == dtype
+
+
+def in_both_formats(leaf: torch.nn.Module, names: list[str]) -> torch.nn.Module:
+    """Makes the parameters int8; gives a copy that holds the same values as floats."""
+    floats = copy.deepcopy(leaf)
+    for name in names:
+        value = QuantizedParameter.from_float(getattr(leaf, name))
+        assert not torch.equal(value.dequantize(), getattr(leaf, name))
+        getattr(floats, name).data = value.dequantize()
+        set_parameter(leaf, name, value)
+    return floats
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_int8_parameters_are_floats_of_their_real_values(
+    family: str, length: int, dtype: torch.dtype
+) -> None:
+    leaf = SelectiveScan(12, 2) if family == "mamba" else ssd()
+    leaf.compute_dtype = dtype
+    names = ["A_log", "D", "dt_bias"]
+    for name in names:
+        getattr(leaf, name).data.normal_()
+    floats = in_both_formats(leaf, names if family == "mamba" else names[:2])
+    sizes = [12, 12, 2, 2, 12] if family == "mamba" else [12, 4, 2, 2]
+    inputs = [torch.randn(2, length, size, dtype=dtype) for size in sizes]
+    states = [module.new_state(2, "cpu") for module in (leaf, floats)]
+    results = [module(*inputs, state, None) for module, state in zip((leaf, floats), states, strict=True)]
+    assert results[0].dtype == dtype
+    assert torch.equal(results[0], results[1])
+    assert states[0].any()
+    assert torch.equal(states[0], states[1])
+
+
+def test_an_int8_bias_of_a_convolution_is_a_float_of_its_real_value() -> None:
+    leaf = CausalConv1d(6, 4, bias=True)
+    leaf.weight.data.normal_()
+    leaf.bias.data.normal_()
+    floats = in_both_formats(leaf, ["bias"])
+    x = torch.randn(2, 7, 6)
+    assert torch.equal(leaf(x, None, None), floats(x, None, None))
+
+
+def test_models_with_int8_parameters_are_wide_where_they_compute_in_float64() -> None:
+    leaf = SelectiveScan(4, 2)
+    for name in ("A_log", "D", "dt_bias"):
+        set_parameter(leaf, name, QuantizedParameter.from_float(torch.randn(getattr(leaf, name).shape)))
+    assert leaf.wide == torch.float32
+    leaf.compute_dtype = torch.float16
+    assert (leaf.wide, leaf.real_parameters()[0].dtype) == (torch.float32, torch.float32)
+    leaf.compute_dtype = torch.float64
+    assert (leaf.wide, leaf.real_parameters()[0].dtype) == (torch.float64, torch.float64)
+    assert leaf.new_state(1, "cpu").dtype == torch.float64
