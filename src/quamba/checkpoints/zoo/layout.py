@@ -58,7 +58,7 @@ def f32(*shape: int) -> Entry:
 
 
 def zoo_layout(config: ZooConfig, *, grouped: bool) -> Layout:
-    """All entries of the model's file, in the order of its layers.
+    """All entries of the model's file, in their order there.
 
     grouped  Mamba2 blocks with int8 activations have scales for 4 x 4 groups of heads and channels
     """
@@ -110,19 +110,17 @@ def _norm(d_model: int, quantized: bool) -> Layout:
 
 def _mamba(model: MambaConfig, label: str) -> Layout:
     inner, states, rank = model.d_inner, model.d_state, model.dt_rank
-    layout = {
-        **_under("in_proj.", linear(label, model.d_model, 2 * inner)),
-        **_under("x_proj.", linear(label, inner, rank + 2 * states)),
-        **_under("out_proj.", linear(label, inner, model.d_model)),
-    }
+    in_proj = _under("in_proj.", linear(label, model.d_model, 2 * inner))
+    x_proj = _under("x_proj.", linear(label, inner, rank + 2 * states))
+    out_proj = _under("out_proj.", linear(label, inner, model.d_model))
     if label == "W4A16":
         return {
-            **layout,
+            **{"A_log": f32(inner, states), "D": f32(inner), "dt_proj_bias": f32(inner)},
+            **in_proj,
             **_float_conv(inner, model.d_conv),
+            **x_proj,
             "dt_proj.weight": f16(inner, rank),
-            "dt_proj_bias": f32(inner),
-            "A_log": f32(inner, states),
-            "D": f32(inner),
+            **out_proj,
         }
     scan = {
         **{"dt_bias": i8(inner), "dt_bias_scale": f32(), "A_log": i8(inner, states), "A_scale": f32()},
@@ -131,28 +129,27 @@ def _mamba(model: MambaConfig, label: str) -> Layout:
     }
     scales = {f"{name}_scale": FLOAT for name in ("weight", "bias", "input", "output")}
     return {
-        **layout,
-        **_under("dt_proj.", linear("W8A8", rank, inner)),  # int8 in W4A8 too
+        **in_proj,
         **_under("conv1d.", {"weight": i8(inner, model.d_conv), "bias": i8(inner), **scales}),
+        **x_proj,
+        **_under("dt_proj.", linear("W8A8", rank, inner)),  # int8 in W4A8 too
         **_under("selective_scan.", scan),
         "had.x_H_scale": FLOAT,
+        **out_proj,
     }
 
 
 def _mamba2(model: Mamba2Config, label: str, grouped: bool) -> Layout:
     inner, heads, channels = model.d_inner, model.nheads, model.conv_dim
-    layout = {
-        **_under("in_proj.", linear(label, model.d_model, inner + channels + heads, parallel=True)),
-        **_under("out_proj.", linear(label, inner, model.d_model)),
-        "norm.weight": f16(inner),
-    }
+    in_proj = _under("in_proj.", linear(label, model.d_model, inner + channels + heads, parallel=True))
+    out_proj = _under("out_proj.", linear(label, inner, model.d_model))
     if label == "W4A16":
         return {
-            **layout,
+            **{"dt_bias": f16(heads), "A_log": f16(heads), "D": f32(heads)},
+            **in_proj,
             **_float_conv(channels, model.d_conv),
-            "dt_bias": f16(heads),
-            "A_log": f16(heads),
-            "D": f32(heads),
+            "norm.weight": f16(inner),
+            **out_proj,
         }
     ranges, x, bc, state = _group_shapes(model, grouped)
     scalars = [f"{w}{part}_scale" for w in ("", "w", "b") for part in ("x", "B", "C")]
@@ -167,10 +164,12 @@ def _mamba2(model: Mamba2Config, label: str, grouped: bool) -> Layout:
         **{"B_scale": f32(*bc), "C_scale": f32(*bc)},
     }
     return {
-        **layout,
+        **in_proj,
         **_under("conv1d.", conv),
         **_under("qchunk_scan.", scan),
-        **{"norm.z_scale": FLOAT, "norm.output_scale": NONE, "had.x_H_scale": FLOAT},
+        **{"norm.weight": f16(inner), "norm.z_scale": FLOAT, "norm.output_scale": NONE},
+        "had.x_H_scale": FLOAT,
+        **out_proj,
     }
 
 

@@ -260,7 +260,7 @@ class _Reader:
             scale = self._file.get(f"{prefix}b")
             if scale.shape[1] > 1:
                 assert out_scale is not None
-                scale = _times(scale[0, :rows], out_scale)[:, None]
+                scale = undivided(scale[0, :rows], out_scale)[:, None]
             return {"weight.data": weight.t()[:rows].contiguous(), "weight.scale": scale}
         stored = self._file.get(f"{prefix}scale" if label == "W4A16" else f"{prefix}s_group")
         groups = packing.unpermute_group_scale(stored)[:, :rows].t().contiguous()
@@ -271,7 +271,7 @@ class _Reader:
         }
         if label == "W4A8":
             channel = packing.unpermute_channel_scale(self._file.get(f"{prefix}s_channel"))[0, :rows]
-            found["weight.channel_scale"] = (channel if out_scale is None else _times(channel, out_scale))[
+            found["weight.channel_scale"] = (channel if out_scale is None else undivided(channel, out_scale))[
                 :, None
             ]
         return found
@@ -354,7 +354,7 @@ def channel_groups(heads: Tensor, channels: Tensor, n_heads: int, headdim: int) 
     return torch.stack(found).flatten().to(torch.int32)
 
 
-def _times(quotient: Tensor, divisor: Tensor) -> Tensor:
+def undivided(quotient: Tensor, divisor: Tensor) -> Tensor:
     """c from float32(c / s) and s: a c of 11 significant bits if one divides to it, else their product."""
     product = quotient * divisor
     short = round_significant(product)
