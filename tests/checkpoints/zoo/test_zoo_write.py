@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import Tensor
+from variants import calibration_set
 
 from quamba.checkpoints.zoo.config import ZooConfig
 from quamba.checkpoints.zoo.layout import zoo_layout
@@ -20,8 +22,9 @@ from quamba.errors import QuambaError
 from quamba.formats.weight import WeightFormat, round_significant
 from quamba.models.config import Mamba2Config, MambaConfig, ModelConfig
 from quamba.models.lm import MambaLM
+from quamba.quantization.pipeline import quantize_model
 from quamba.recipes.plan import Plan, output_parts, resolve
-from quamba.recipes.recipe import HeadGroups, Override, Precision, Recipe, load_recipe
+from quamba.recipes.recipe import HeadGroups, Override, Precision, Recipe, Solver, load_recipe
 from quamba.recipes.skeleton import skeleton
 
 PUBLISHED = [
@@ -238,6 +241,16 @@ def test_logits_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(read_zoo(tmp_path / "zoo").network(ids), network(ids))
 
 
+@pytest.mark.parametrize("name", ["zoo-w8a8", "zoo-w4a8", "zoo-w4a16"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_what_the_shipped_recipes_make_is_exact_in_the_file(family: str, name: str, tmp_path: Path) -> None:
+    config = model_config(family)
+    recipe = load_recipe(name).replace(solver=Solver(kind="rtn"))
+    network, plan, _ = quantize_model(tiny_model(config), recipe, calibration_set(config, num=3))
+    assert write_zoo(tmp_path / "zoo", network, plan) == []
+    assert_equal_tensors(read_zoo(tmp_path / "zoo").network, network.set_compute_dtype(torch.float16))
+
+
 def test_a_float_of_the_file_is_the_image_of_a_float32(tmp_path: Path) -> None:
     plan = RANDOM["mamba-w8a8"]
     network = random_network(plan)
@@ -430,6 +443,12 @@ def test_4_bit_weights_of_one_group_of_columns(head: str) -> None:
         zoo_config_of(zoo_plan("mamba", "W4A16", model={"d_model": 128}, head=head))
 
 
+def test_4_bit_weights_with_part_of_a_group_of_columns() -> None:
+    plan = replace(zoo_plan("mamba", "W4A16"), config=model_config("mamba", d_model=192))
+    with pytest.raises(QuambaError, match="d_model is 192, expected a multiple of 128 for 4-bit weights"):
+        zoo_config_of(plan)
+
+
 def test_an_embedding_of_a_width_without_kernels() -> None:
     with pytest.raises(
         QuambaError, match="d_model is 16, expected a multiple of 32 for an integer embedding"
@@ -500,11 +519,11 @@ REFUSED_RECIPES: dict[str, tuple[Plan, str]] = {
     ),
     "embedding-in-groups": (
         zoo_plan(embedding_int4=GROUPED),
-        "embedding has 4 bits with float16 scales of granularity 'group' of 128, expected one a token in 16",
+        "embedding has 4 bits with float16 scales of granularity 'group' of 128, expected .* 'channel'",
     ),
     "embedding-in-float32-scales": (
         zoo_plan("mamba", "W8A8", embedding_int8=WeightFormat(8, "channel")),
-        "embedding has 8 bits with float32 scales of granularity 'channel', expected one a token in 16 bits",
+        "embedding has 8 bits with float32 scales of granularity 'channel', expected 8 bits with float16",
     ),
     "head-of-other-activations": (
         zoo_plan("mamba", "W4A16", head="W4A8"),
@@ -530,7 +549,8 @@ REFUSED_RECIPES: dict[str, tuple[Plan, str]] = {
         "2 x 4 groups of heads and channels, expected 4 x 4",
     ),
     "our-w8a8": (resolve(load_recipe("w8a8"), model_config("mamba")), "quantize with recipe 'zoo-w8a8'"),
-    "our-w4a8": (resolve(load_recipe("w4a8"), model_config("mamba2")), "'zoo-w4a8'"),
+    "our-w4a8": (resolve(load_recipe("w4a8"), model_config("mamba2")), "quantize with recipe 'zoo-w4a8'"),
+    "our-w4a16": (resolve(load_recipe("w4a16"), model_config("mamba2")), "quantize with recipe 'zoo-w4a16'"),
 }
 
 

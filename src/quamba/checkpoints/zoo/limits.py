@@ -44,14 +44,14 @@ def zoo_config_of(plan: Plan) -> ZooConfig:
     _check_switches(plan.config)
     layers = tuple(block.label for block in plan.blocks)
     hybrid = _check_labels(layers, plan.config)
+    recipe = f"quantize with recipe 'zoo-{'w4a8' if hybrid else layers[0].lower()}'"
     config = ZooConfig(
         model=plan.config,
         layers=layers,
         hybrid=hybrid,
-        embedding=_embedding(plan),
+        embedding=_embedding(plan, recipe),
         head=_head(plan),
     )
-    recipe = _recipe(config)
     if not plan.rotate:
         raise QuambaError(f"The model is not rotated, as every published model is; {recipe}.")
     for i, block in enumerate(plan.blocks):
@@ -87,20 +87,13 @@ def _check_labels(layers: tuple[str, ...], model: ModelConfig) -> bool:
     )
 
 
-def _recipe(config: ZooConfig) -> str:
-    labels = HYBRID_LABELS[:1] if config.hybrid else config.layers[:1]
-    return f"quantize with recipe 'zoo-{labels[0].lower()}'"
-
-
-def _embedding(plan: Plan) -> str:
+def _embedding(plan: Plan, recipe: str) -> str:
     format = plan.embedding
     if format is None:
         return "float"
-    if format.granularity != "channel" or format.scale_bits != 16:
-        raise QuambaError(
-            f"The embedding has {_scales(format)}, expected one a token in 16 bits (granularity 'channel',"
-            f" scale_bits 16); quantize with recipe 'zoo-w{format.bits}a8'."
-        )
+    expected = WeightFormat(format.bits, "channel", scale_bits=16)
+    if not _same(format, expected):
+        raise QuambaError(f"The embedding has {_scales(format)}, expected {_scales(expected)}; {recipe}.")
     return f"int{format.bits}"
 
 
