@@ -19,6 +19,7 @@ from quamba.checkpoints.source import resolve as resolve_source
 from quamba.checkpoints.stored import StoredModel, read_stored, stored_format
 from quamba.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from quamba.checkpoints.upstream import write_state_spaces
+from quamba.checkpoints.zoo.write import write_zoo
 from quamba.errors import QuambaError, nearest
 from quamba.models.cache import MambaCache
 from quamba.models.config import ModelConfig
@@ -203,8 +204,6 @@ def export_zoo(path_or_id: str | Path, folder: str | Path, *, overwrite: bool = 
     Returns what a user should know of the result, one sentence each. Raises QuambaError for models that the
     format cannot hold, with the reason.
     """
-    from quamba.checkpoints.zoo.write import write_zoo
-
     found = resolve_source(path_or_id)
     if stored_format(found) is None:
         raise QuambaError(f"'{path_or_id}' is not quantized, expected a quantized model; quantize it first.")
