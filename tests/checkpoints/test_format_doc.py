@@ -85,9 +85,20 @@ def fits(row: Row, name: str, tensor: torch.Tensor, sizes: dict[str, Any], famil
     for letter, expression in row.sizes:
         known[letter] = eval(expression, {}, known)
     if "N, G" in row.shapes[0]:
-        groups = tensor.shape[1]
-        return tensor.shape[0] == known["N"] and known["K"] % groups == 0
+        groups = tensor.shape[1] if tensor.ndim == 2 else 0
+        least = 1 if row.dtype == "float16" else 2  # one float32 scale a row is in another row of the table
+        return groups >= least and tensor.shape[0] == known["N"] and known["K"] % groups == 0
     return any([int(size) for size in eval(shape, {}, known)] == list(tensor.shape) for shape in row.shapes)
+
+
+ZOO_RECIPES = ("zoo-w8a8", "zoo-w4a8", "zoo-w4a16")
+
+
+def in_tiny_groups(recipe: Recipe) -> Recipe:
+    """With groups of columns, heads and channels that tiny models have more than one of."""
+    int4 = dataclasses.replace(recipe.int4, group_size=16)
+    groups = HeadGroups(heads=2, channels=2) if recipe.group_heads else None
+    return recipe.replace(int4=int4, group_heads=groups)
 
 
 def plans() -> dict[str, Plan]:
@@ -114,6 +125,19 @@ def plans() -> dict[str, Plan]:
         ),
         "per tensor": Recipe(name="t", blocks=w4a8, activation_scales="tensor", **group16),
         "float": Recipe(name="t", blocks=Precision(state="int8")),
+        "scale bits": Recipe(
+            name="t",
+            blocks=w8a8,
+            overrides=(Override(blocks=(1,), precision=w4a8),),
+            embedding="int8",
+            int4=WeightFormat(4, "group", 16, scale_bits=32),
+            int8=WeightFormat(8, "tensor", scale_bits=16),
+            embedding_int8=WeightFormat(8, "channel", scale_bits=16),
+        ),
+        "split": Recipe(name="t", blocks=w8a8, int8=WeightFormat(8, "split", scale_bits=16)),
+        "float16 parameters": Recipe(name="t", blocks=w8a8, parameters="float16"),
+        "int8 parameters": Recipe(name="t", blocks=w8a8, parameters="int8"),
+        **{name: in_tiny_groups(load_recipe(name)) for name in ZOO_RECIPES},
     }
     configs = {
         "mamba": tiny_config("mamba", bias=True),
@@ -206,6 +230,21 @@ def test_the_example_is_the_demo_model(text, assets):
     assert len(more) == 2
 
 
+def test_granularities_are_documented(text):
+    granularities = {line.granularity for plan in PLANS.values() for line in formats(plan)}
+    assert granularities == {"tensor", "channel", "split", "group", "two_level"}
+    for name in granularities:
+        assert f'"{name}"' in text
+    assert "`scale_bits`" in text
+
+
+def formats(plan: Plan) -> list[WeightFormat]:
+    found = [plan.embedding, plan.head]
+    for block in plan.blocks:
+        found += [block.conv, *block.weights.values()]
+    return [format for format in found if format is not None]
+
+
 def test_the_default_state_is_the_documented_one(text):
     assert re.search(r'a cached state is\s+fp16 unless the recipe says `state = "int8"` or `"fp32"`', text)
     assert Precision().state == "fp16"
@@ -214,7 +253,13 @@ def test_the_default_state_is_the_documented_one(text):
         "w4a16": "fp16",
         "w4a8": "fp16",
         "w8a8": "fp16",
+        "zoo-w4a16": "fp16",
+        "zoo-w4a8": "int8",
+        "zoo-w8a8": "int8",
     }
+    sentence = re.search(r"shipped recipes (.*?) ask for", text, re.DOTALL)
+    named = set(re.findall(r"`([\w-]+)`", sentence.group(1)))
+    assert named == {name for name in shipped_names() if load_recipe(name).blocks.state == "int8"}
 
 
 def test_the_drawn_byte(text):

@@ -1,19 +1,28 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 
 from quamba.errors import QuambaError
-from quamba.formats.weight import QuantizedWeight, WeightFormat
+from quamba.formats.weight import QuantizedWeight, WeightFormat, apply_scale, round_significant
 
 FORMATS = [
-    WeightFormat(bits, granularity, 16 if granularity == "group" else None)
-    for bits in (4, 8)
-    for granularity in ("tensor", "channel", "group")
+    *(
+        WeightFormat(bits, granularity, 16 if granularity == "group" else None)
+        for bits in (4, 8)
+        for granularity in ("tensor", "channel", "group")
+    ),
+    WeightFormat(4, "tensor", scale_bits=16),
+    WeightFormat(8, "channel", scale_bits=16),
+    WeightFormat(4, "group", 16, scale_bits=32),
+    WeightFormat(8, "split", parts=(1, 5)),
+    WeightFormat(8, "split", scale_bits=16, parts=(2, 3, 1)),
 ]
-IDS = [f"int{f.bits}-{f.granularity}" for f in FORMATS]
+IDS = [f"int{f.bits}-{f.granularity}-{f.scale_bits}" for f in FORMATS]
+TWO_LEVEL = WeightFormat(4, "two_level", 16)
 
 
 def random_weight(format: WeightFormat, shape: tuple[int, int] = (6, 48), seed: int = 0):
@@ -77,6 +86,123 @@ def test_format_survives_json(format):
     assert WeightFormat.from_dict(json.loads(json.dumps(format.to_dict()))) == format
 
 
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({"granularity": "tensor"}, torch.float32),
+        ({"granularity": "channel"}, torch.float32),
+        ({"granularity": "split"}, torch.float32),
+        ({"granularity": "group", "group_size": 16}, torch.float16),
+        ({"granularity": "two_level", "group_size": 16}, torch.float16),
+        ({"granularity": "two_level", "group_size": 16, "scale_bits": 16}, torch.float16),
+        ({"granularity": "tensor", "scale_bits": 16}, torch.float16),
+        ({"granularity": "split", "scale_bits": 16}, torch.float16),
+        ({"granularity": "group", "group_size": 16, "scale_bits": 32}, torch.float32),
+    ],
+    ids=str,
+)
+def test_dtypes_of_scales(fields, dtype):
+    format = WeightFormat(4, **fields)
+    assert format.scale_dtype == dtype
+    smallest = torch.tensor(format.smallest_scale, dtype=torch.float64)
+    assert smallest > 0 and smallest.to(dtype) == smallest
+    assert WeightFormat.from_dict(json.loads(json.dumps(format.to_dict()))) == format
+
+
+def significant_bits(x):
+    """Of the mantissa of a positive float32, its leading one counted."""
+    mantissa = int(torch.tensor(x).view(torch.int32)) & (2**23 - 1) | 2**23
+    return 24 - (mantissa & -mantissa).bit_length() + 1
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_round_significant(up):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(500, generator=generator) * 2.0 ** torch.randint(-120, 120, (500,), generator=generator)
+    x = torch.cat([x, x.clamp(2.0**-14, 6e4).half().float(), torch.tensor([2 - 2.0**-23, 1.0, 1 + 2.0**-11])])
+    rounded = round_significant(x, up=up)
+    for value, found in zip(x.tolist(), rounded.tolist(), strict=True):
+        step = 2.0 ** (math.frexp(value)[1] - 11)
+        whole = value / step  # exact, and below 2^11
+        expected = math.ceil(whole) if up else math.floor(whole + 0.5)
+        assert found == expected * step
+        assert significant_bits(found) <= 11
+
+
+def two_levels(shape=(6, 48), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-8, 8, shape, dtype=torch.int8, generator=generator)
+    scale = 10 ** (torch.rand(TWO_LEVEL.scale_shape(shape), generator=generator) * 2 - 3)
+    return codes, scale.half()
+
+
+def test_two_levels_are_taken_apart():
+    codes, scale = two_levels()
+    weight = QuantizedWeight.from_codes(codes, scale, TWO_LEVEL)
+    assert torch.equal(weight.codes(), codes)
+    assert weight.scale.dtype == torch.float16 and weight.scale.shape == (6, 3)
+    assert weight.channel_scale.dtype == torch.float32 and weight.channel_scale.shape == (6, 1)
+    products = apply_scale(codes, scale, torch.float64)
+    reach = products.abs().amax(1, keepdim=True) / 127
+    assert (weight.channel_scale >= reach * (1 - 1e-7)).all()
+    assert (weight.channel_scale <= reach * (1 + 2.0**-10)).all()
+    assert all(significant_bits(s) <= 11 for s in weight.channel_scale.flatten().tolist())
+    assert torch.equal(weight.scale, (scale.float() / weight.channel_scale).half())
+    integers, row_scale = weight.integers()
+    assert row_scale is weight.channel_scale
+    assert integers.dtype == torch.int8
+    for n, k in [(0, 0), (1, 15), (2, 16), (5, 47)]:
+        assert int(integers[n, k]) == round(float(weight.scale[n, k // 16]) * int(codes[n, k]))
+    assert integers.abs().amax(1).tolist() == [127] * 6
+    # Half a step of the row, and float16's rounding of the group's scale.
+    assert ((weight.dequantize() - products).abs() <= 0.5625 * weight.channel_scale).all()
+    assert torch.equal(weight.dequantize(torch.float64), integers.double() * weight.channel_scale.double())
+    assert weight.nbytes == 6 * 24 + 6 * 3 * 2 + 6 * 4
+
+
+def test_two_levels_of_rows_and_groups_of_zeros():
+    codes, scale = two_levels()
+    codes[2], codes[3:, 16:32], scale[3:, 1] = 0, 0, 60000
+    codes[5, :16], codes[5, 32:], scale[5, 0] = 1, 0, 2.0**-24
+    weight = QuantizedWeight.from_codes(codes, scale, TWO_LEVEL)
+    for buffer in weight.buffers():
+        assert buffer.double().isfinite().all()
+    assert (weight.scale > 0).all() and (weight.channel_scale > 0).all()
+    real = weight.dequantize()
+    assert not real[2].any() and not real[3:, 16:32].any()
+    assert real[5, :16] == pytest.approx(2.0**-24, rel=1e-3)
+
+
+def test_two_level_state():
+    codes, scale = two_levels()
+    weight = QuantizedWeight.from_codes(codes, scale, TWO_LEVEL)
+    assert sorted(weight.state_dict()) == ["channel_scale", "data", "scale"]
+    empty = QuantizedWeight.empty((6, 48), TWO_LEVEL, "meta")
+    assert empty.channel_scale.is_meta
+    empty.load_state_dict(weight.state_dict(), assign=True)
+    assert torch.equal(empty.dequantize(), weight.dequantize())
+    before = weight.dequantize()
+    for cast in (weight.half, weight.double, lambda: weight.to("cpu", torch.bfloat16)):
+        cast()
+        assert weight.channel_scale.dtype == torch.float32 and weight.scale.dtype == torch.float16
+        assert torch.equal(weight.dequantize(), before)
+    assert WeightFormat(4, "channel").one_level == WeightFormat(4, "channel")
+    assert TWO_LEVEL.one_level == WeightFormat(4, "group", 16)
+
+
+def test_channel_scales_belong_to_two_levels():
+    codes, scale = two_levels()
+    weight = QuantizedWeight.from_codes(codes, scale, TWO_LEVEL)
+    with pytest.raises(TypeError, match="'two_level'"):
+        QuantizedWeight(weight.data, weight.scale, TWO_LEVEL)
+    with pytest.raises(TypeError, match="'group'"):
+        QuantizedWeight(weight.data, weight.scale, TWO_LEVEL.one_level, weight.channel_scale)
+    with pytest.raises(
+        QuambaError, match=r"channel_scale .*float16 \[6, 1\], expected torch.float32 \[6, 1\]"
+    ):
+        QuantizedWeight(weight.data, weight.scale, TWO_LEVEL, weight.channel_scale.half())
+
+
 def test_groups():
     format = WeightFormat(4, "group", 128)
     assert [format.n_groups(k) for k in (32, 128, 384)] == [1, 1, 3]
@@ -96,6 +222,15 @@ def test_groups():
         ({"bits": 8, "granularity": "channel", "group_size": 128}, "expected None"),
         ({"bits": 8, "granularity": "channel", "groupsize": 128}, "Did you mean 'group_size'"),
         ({"bits": 8}, "lacks granularity"),
+        ({"bits": 8, "granularity": "two_level", "group_size": 128}, "expected 4 bits and scale_bits 16"),
+        (
+            {"bits": 4, "granularity": "two_level", "group_size": 16, "scale_bits": 32},
+            "scale_bits 32, expected",
+        ),
+        ({"bits": 4, "granularity": "two_level"}, "group_size is None with granularity 'two_level'"),
+        ({"bits": 8, "granularity": "split", "group_size": 128}, "expected None"),
+        ({"bits": 8, "granularity": "channel", "parts": [1, 2]}, "only granularity 'split' has parts"),
+        ({"bits": 8, "granularity": "channel", "scale_bits": 8}, "number of scale bits is 8"),
     ],
 )
 def test_bad_formats_are_named(fields, message):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quamba.errors import QuambaError
-from quamba.formats.weight import WeightFormat, apply_scale
+from quamba.formats.weight import QuantizedWeight, WeightFormat, apply_scale, round_significant
 from quamba.quantization.gptq import (
     PLAIN_GPTQ,
     GptqConfig,
@@ -20,12 +20,19 @@ from quamba.quantization.gptq import (
 from quamba.quantization.rtn import absmax_scale, mse_scale, round_to_nearest
 
 INT4_GROUPS = WeightFormat(4, "group", 16)
+TWO_LEVEL = WeightFormat(4, "two_level", 16)
 FORMATS = [
-    WeightFormat(bits, granularity, 16 if granularity == "group" else None)
-    for bits in (4, 8)
-    for granularity in ("tensor", "channel", "group")
+    *(
+        WeightFormat(bits, granularity, 16 if granularity == "group" else None)
+        for bits in (4, 8)
+        for granularity in ("tensor", "channel", "group")
+    ),
+    WeightFormat(4, "channel", scale_bits=16),
+    WeightFormat(4, "split", parts=(10, 1, 13)),
+    WeightFormat(8, "split", parts=(10, 1, 13)),
+    TWO_LEVEL,
 ]
-IDS = [f"int{f.bits}-{f.granularity}" for f in FORMATS]
+IDS = [f"int{f.bits}-{f.granularity}-{f.scale_bits}" for f in FORMATS]
 CONFIGS = {"default": GptqConfig(), "plain": PLAIN_GPTQ}
 
 
@@ -176,13 +183,59 @@ def test_scales_of_known_codes_are_found(format):
     codes = torch.randint(format.qmin, format.qmax + 1, (24, 64), generator=generator).double()
     codes[2, :16] = 0
     right = (torch.rand(format.scale_shape((24, 64)), generator=generator) + 0.5).to(format.scale_dtype)
+    if format.granularity == "split":
+        right = round_significant(right[[0] * 10 + [10] + [11] * 13])
     wrong = (right.double() * 1.03).to(format.scale_dtype)
     found = _refit_scale(
         apply_scale(codes, right, torch.float64), hessian, codes.T.contiguous(), wrong, format
     )
-    if format.granularity == "group":
+    if format.group_size is not None:
         right[2, 0] = wrong[2, 0]  # all codes 0: any scale will do, the old one stays
-    torch.testing.assert_close(found, right, rtol=2e-7 if format.granularity != "group" else 0, atol=0)
+    short = format.scale_dtype == torch.float16 or format.granularity == "split"
+    torch.testing.assert_close(found, right, rtol=0 if short else 2e-7, atol=0)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_parts_do_not_depend_on_each_other_and_share_short_scales(bits, config):
+    weight, hessian = layer(dtype=torch.float64)
+    weight[10:] *= 7
+    whole, _ = solve(weight, hessian, WeightFormat(bits, "split", parts=(10, 14)), config)
+    for rows in (slice(0, 10), slice(10, 24)):
+        alone = WeightFormat(bits, "split", parts=(rows.stop - rows.start,))
+        part, _ = solve(weight[rows], hessian, alone, config)
+        assert torch.equal(part.codes(), whole.codes()[rows])
+        assert torch.equal(part.scale, whole.scale[rows])
+        assert len(part.scale.unique()) == 1
+    assert torch.equal(round_significant(whole.scale), whole.scale)
+    assert float(whole.scale[0]) < float(whole.scale[-1]) / 3
+
+
+def test_refitted_scales_of_a_part_are_those_of_all_its_rows():
+    """The gain of a part is that of one problem with its rows one behind the other."""
+    weight, hessian = layer(dtype=torch.float64)
+    format, tensor = WeightFormat(4, "split", parts=(24,)), WeightFormat(4, "tensor")
+    scale = absmax_scale(weight, format)
+    codes = round_to_nearest(weight, format, scale=scale).codes().double().T.contiguous()
+    found = _refit_scale(weight, hessian, codes, scale, format)
+    expected = _refit_scale(weight, hessian, codes, scale[:1], tensor)
+    assert not torch.equal(found, scale)
+    assert found.unique().tolist() == [float(round_significant(expected))]
+
+
+def test_two_levels_are_solved_as_groups_and_measured_as_integers():
+    weight, hessian = layer()
+    whole, losses = solve(weight, hessian, TWO_LEVEL)
+    groups, of_groups = solve(weight, hessian, TWO_LEVEL.one_level)
+    assert whole.format == TWO_LEVEL
+    assert torch.equal(whole.codes(), groups.codes())
+    expected = QuantizedWeight.from_codes(groups.codes(), groups.scale, TWO_LEVEL)
+    assert torch.equal(whole.scale, expected.scale)
+    assert torch.equal(whole.channel_scale, expected.channel_scale)
+    assert losses.gptq == relative_loss(weight, whole.dequantize(), hessian)
+    assert losses.gptq != of_groups.gptq
+    assert losses.rtn == relative_loss(weight, round_to_nearest(weight, TWO_LEVEL).dequantize(), hessian)
+    assert losses.gptq < losses.rtn
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

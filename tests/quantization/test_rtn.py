@@ -4,15 +4,22 @@ import pytest
 import torch
 
 from quamba.errors import QuambaError
-from quamba.formats.weight import WeightFormat
+from quamba.formats.weight import QuantizedWeight, WeightFormat, round_significant
 from quamba.quantization.rtn import absmax_scale, mse_scale, round_codes, round_to_nearest
 
 FORMATS = [
-    WeightFormat(bits, granularity, 16 if granularity == "group" else None)
-    for bits in (4, 8)
-    for granularity in ("tensor", "channel", "group")
+    *(
+        WeightFormat(bits, granularity, 16 if granularity == "group" else None)
+        for bits in (4, 8)
+        for granularity in ("tensor", "channel", "group")
+    ),
+    WeightFormat(8, "tensor", scale_bits=16),
+    WeightFormat(4, "channel", scale_bits=16),
+    WeightFormat(8, "channel", scale_bits=16),
+    WeightFormat(4, "group", 16, scale_bits=32),
 ]
-IDS = [f"int{f.bits}-{f.granularity}" for f in FORMATS]
+IDS = [f"int{f.bits}-{f.granularity}-{f.scale_bits}" for f in FORMATS]
+TWO_LEVEL = WeightFormat(4, "two_level", 16)
 
 
 def random_weight(shape=(12, 64), seed=0, dtype=torch.float32):
@@ -133,11 +140,87 @@ def test_tiny_shapes(shape):
             assert scale(weight, quantized.format).shape == quantized.scale.shape
 
 
+@pytest.mark.parametrize("scale_bits", [None, 16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("choose", [absmax_scale, mse_scale])
+def test_each_part_is_a_tensor_of_its_own(bits, choose, scale_bits):
+    parts = (2, 5, 1, 4)
+    weight = (
+        random_weight() * torch.tensor([0.01, 3.0, 1.0, 40.0]).repeat_interleave(torch.tensor(parts))[:, None]
+    )
+    format = WeightFormat(bits, "split", scale_bits=scale_bits, parts=parts)
+    scale = choose(weight, format)
+    assert scale.shape == (12, 1) and scale.dtype == format.scale_dtype
+    for rows, shared in zip(weight.split(parts), scale.split(parts), strict=True):
+        assert len(shared.unique()) == 1
+        alone = choose(rows, WeightFormat(bits, "split", scale_bits=scale_bits, parts=(len(rows),)))
+        assert torch.equal(shared, alone)
+        exact = choose(rows, WeightFormat(bits, "tensor"))
+        if choose is absmax_scale:
+            assert torch.equal(shared[:1].float(), round_significant(exact))
+        else:
+            assert float(shared[0]) == pytest.approx(float(exact), rel=0.05)
+    assert torch.equal(round_significant(scale.float()), scale.float())
+    quantized = round_to_nearest(weight, format, scale=scale)
+    assert torch.equal(quantized.codes(), torch.round(weight / scale.float()).clamp(format.qmin, format.qmax))
+
+
+def test_mse_of_parts_is_never_worse_than_absmax():
+    weight, parts = random_weight((64, 48)), (1, 3, 28, 32)
+    format = WeightFormat(4, "split", parts=parts)
+    absmax, mse = (
+        round_to_nearest(weight, format, scale=f(weight, format)) for f in (absmax_scale, mse_scale)
+    )
+    errors = [
+        [squared_error_of(part) for part in (weight - q.dequantize()).split(parts)] for q in (absmax, mse)
+    ]
+    assert all(better <= worse for worse, better in zip(*errors, strict=True))
+    assert sum(errors[1]) < 0.9 * sum(errors[0])
+
+
+def squared_error_of(error):
+    return float(error.double().square().sum())
+
+
+def test_importance_counts_in_every_row_of_a_part():
+    """Columns that count twice are columns that are there twice."""
+    weight, importance = random_weight((6, 8)), torch.tensor([1.0, 2, 1, 2, 1, 1, 1, 2])
+    format = WeightFormat(4, "split", parts=(2, 4))
+    doubled = weight.repeat_interleave(importance.long(), 1)
+    assert torch.equal(mse_scale(weight, format, importance), mse_scale(doubled, format))
+
+
+def test_two_levels_are_groups_first():
+    weight, group = random_weight(), TWO_LEVEL.one_level
+    for choose in (absmax_scale, mse_scale):
+        scale = choose(weight, group)
+        assert torch.equal(choose(weight, TWO_LEVEL), scale)
+        found = round_to_nearest(weight, TWO_LEVEL, scale=scale)
+        codes = round_to_nearest(weight, group, scale=scale).codes()
+        expected = QuantizedWeight.from_codes(codes, scale, TWO_LEVEL)
+        assert torch.equal(found.codes(), codes)
+        assert all(torch.equal(a, b) for a, b in zip(found.buffers(), expected.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("choose", [absmax_scale, mse_scale])
+def test_float16_scales_below_its_range_are_its_smallest(choose):
+    weight = random_weight() * 1e-9
+    for format in (WeightFormat(8, "channel", scale_bits=16), WeightFormat(4, "split", None, 16, (5, 7))):
+        scale = choose(weight, format)
+        assert set(scale.flatten().tolist()) == {2.0**-24}
+        assert not round_to_nearest(weight, format, scale=scale).codes().any()
+
+
 def test_bad_weights_are_named():
     with pytest.raises(QuambaError, match="NaN or infinity"):
         round_to_nearest(torch.tensor([[1.0, float("nan")]]), WeightFormat(8, "tensor"))
     with pytest.raises(QuambaError, match=r"torch\.float16 can hold"):
         round_to_nearest(torch.full((1, 16), 1e7), WeightFormat(4, "group", 16))
+    for granularity in ("tensor", "channel"):
+        with pytest.raises(QuambaError, match="use granularity 'channel' with scales of 32 bits"):
+            round_to_nearest(torch.full((1, 16), 1e8), WeightFormat(8, granularity, scale_bits=16))
+    with pytest.raises(QuambaError, match="NaN or infinity"):
+        mse_scale(torch.tensor([[1.0, float("nan")]]), WeightFormat(8, "split", parts=(1,)))
     with pytest.raises(QuambaError, match="group_size 16 does not divide in_features 40"):
         round_to_nearest(torch.ones(2, 40), WeightFormat(4, "group", 16))
 

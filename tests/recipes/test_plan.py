@@ -57,6 +57,89 @@ def test_dt_proj_has_its_own_width() -> None:
     assert weights["dt_proj"].bits == 4
 
 
+SPLIT, TWO_LEVEL = WeightFormat(8, "split"), WeightFormat(4, "two_level", 16)
+TENSOR, GROUP = WeightFormat(8, "tensor"), WeightFormat(4, "group", 16)
+
+
+def test_split_is_for_leaves_of_mamba2_whose_outputs_have_parts() -> None:
+    config = tiny_config("mamba2", ngroups=2)
+    recipe = Recipe(name="x", blocks=W8A8, head=W8A8, int8=SPLIT, conv_scales="split")
+    plan = resolve(recipe, config)
+    block = plan.blocks[0]
+    # z, x, B, C, dt: d_inner 64, ngroups 2 times d_state 16, nheads 8.
+    assert block.weights["in_proj"] == WeightFormat(8, "split", parts=(64, 64, 32, 32, 8))
+    assert sum(block.weights["in_proj"].parts or ()) == projections(config)["in_proj"][0]
+    assert block.conv == WeightFormat(8, "split", parts=(64, 32, 32))
+    assert block.weights["out_proj"] == plan.head == TENSOR
+    mamba = resolve(recipe, tiny_config("mamba"))
+    assert set(mamba.blocks[0].weights.values()) == {TENSOR}
+    assert mamba.blocks[0].conv == mamba.head == TENSOR
+
+
+def test_split_keeps_the_bits_of_its_scales() -> None:
+    recipe = Recipe(name="x", blocks=W8A8, int8=WeightFormat(8, "split", scale_bits=16))
+    weights = resolve(recipe, tiny_config("mamba2")).blocks[0].weights
+    assert weights["in_proj"].scale_bits == weights["out_proj"].scale_bits == 16
+    assert weights["out_proj"].granularity == "tensor"
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_two_levels_are_for_products_of_integers(family: str, activations: str) -> None:
+    precision = Precision(weights="int4", activations=activations)
+    recipe = Recipe(name="x", blocks=precision, head=precision, int4=TWO_LEVEL, dt_proj="int4")
+    plan = resolve(recipe, tiny_config(family, dt_rank=4) if family == "mamba" else tiny_config(family))
+    expected = TWO_LEVEL if activations == "int8" else GROUP
+    assert set(plan.blocks[0].weights.values()) == {expected}
+    assert plan.head == expected
+
+
+def test_the_head_has_its_own_activations() -> None:
+    recipe = Recipe(
+        name="x", blocks=W4A16, head=Precision(weights="int4", activations="int8"), int4=TWO_LEVEL
+    )
+    plan = resolve(recipe, tiny_config("mamba2"))
+    assert (plan.head, plan.blocks[0].weights["in_proj"]) == (TWO_LEVEL, GROUP)
+
+
+def test_dt_proj_may_be_float_behind_float_activations() -> None:
+    recipe = load_recipe("w4a16").replace(dt_proj="float")
+    assert "dt_proj" not in resolve(recipe, tiny_config("mamba")).blocks[0].weights
+    for precision in ("w4a8", "w8a8"):
+        assert resolve(load_recipe(precision).replace(dt_proj="float"), tiny_config("mamba2"))
+    # The setting is about blocks with 4-bit weights.
+    weights = resolve(load_recipe("w8a8").replace(dt_proj="float"), tiny_config("mamba")).blocks[0].weights
+    assert weights["dt_proj"].bits == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags"),
+    [
+        ({}, (False, True, "half_even", "saturate")),
+        ({"parameters": "float16"}, (False, True, "half_even", "saturate")),
+        ({"parameters": "int8"}, (True, True, "half_even", "saturate")),
+        ({"activation_scales": "tensor"}, (False, False, "half_even", "saturate")),
+        ({"rounding": "half_away", "overflow": "wrap"}, (False, True, "half_away", "wrap")),
+    ],
+    ids=str,
+)
+def test_flags_of_blocks(changes: dict[str, str], flags: tuple[object, ...]) -> None:
+    overrides = (Override(blocks=(1,), precision=W4A16),)
+    recipe = load_recipe("w8a8").replace(overrides=overrides, **changes)
+    one, other = resolve(recipe, tiny_config("mamba")).blocks
+    assert (one.int8_parameters, one.folds_x_scale, one.rounding, one.overflow) == flags
+    assert (other.int8_parameters, other.folds_x_scale) == (False, False)
+    mamba2 = resolve(recipe, tiny_config("mamba2")).blocks[0]
+    assert (mamba2.int8_parameters, mamba2.folds_x_scale) == (flags[0], False)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tables_have_their_own_formats(bits: int) -> None:
+    format = WeightFormat(bits, "channel", scale_bits=16)
+    recipe = Recipe(name="x", blocks=Precision(), embedding=f"int{bits}", **{f"embedding_int{bits}": format})
+    assert resolve(recipe, tiny_config("mamba")).embedding == format
+
+
 def test_groups_are_for_mamba2_with_int8_activations() -> None:
     assert resolve(load_recipe("w8a8"), tiny_config("mamba")).group_heads is None
     assert resolve(load_recipe("w8a8"), tiny_config("mamba")).alpha == 1.0
@@ -101,7 +184,7 @@ def test_what_needs_calibration(recipe: str, activations: bool, calibration: boo
     ],
     ids=lambda c: f"{c.family}-{c.d_model}",
 )
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "w4a16"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "w4a16", "zoo-w8a8", "zoo-w4a8", "zoo-w4a16"])
 def test_published_sizes_fit(sizes: MambaConfig | Mamba2Config, recipe: str) -> None:
     assert len(resolve(load_recipe(recipe), sizes).blocks) == sizes.n_layer
 
@@ -146,6 +229,16 @@ REFUSED = {
         tiny_config("mamba", d_model=33),
         Recipe(name="x", blocks=Precision(), embedding="int4", embedding_int4=WeightFormat(4, "channel")),
         "embedding: A weight of 4 bits needs an even number of columns, not 33; use 8 bits.",
+    ),
+    "float dt_proj behind integers": (
+        tiny_config("mamba"),
+        load_recipe("w4a8").replace(dt_proj="float"),
+        "dt_proj is float in blocks with int8 activations, which has no kernel; expected dt_proj 'int8' or",
+    ),
+    "group size of two levels": (
+        tiny_config("mamba", d_model=160),
+        load_recipe("zoo-w4a8"),
+        "in_proj: group_size 128 does not divide in_features 160; the nearest group size that does is 160.",
     ),
     "rotation of d_model": (
         tiny_config("mamba", d_model=52),

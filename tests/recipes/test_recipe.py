@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -25,10 +26,18 @@ BASE = {"name": "mine", "blocks": "W4A8"}
 
 
 def test_shipped_names() -> None:
-    assert shipped_names() == ["quamba1-w8a8", "w4a16", "w4a8", "w8a8"]
+    assert shipped_names() == [
+        "quamba1-w8a8",
+        "w4a16",
+        "w4a8",
+        "w8a8",
+        "zoo-w4a16",
+        "zoo-w4a8",
+        "zoo-w8a8",
+    ]
 
 
-@pytest.mark.parametrize("name", ["quamba1-w8a8", "w4a16", "w4a8", "w8a8"])
+@pytest.mark.parametrize("name", shipped_names())
 def test_shipped_recipes_round_trip(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
@@ -52,6 +61,28 @@ def test_what_the_shipped_recipes_say() -> None:
     assert quamba1.alpha == 0.9995
 
 
+def test_what_the_zoo_recipes_say() -> None:
+    w8a8, w4a8, w4a16 = (load_recipe(f"zoo-{name}") for name in ("w8a8", "w4a8", "w4a16"))
+    assert [r.blocks.label for r in (w8a8, w4a8, w4a16)] == ["W8A8", "W4A8", "W4A16"]
+    assert [r.head.label for r in (w8a8, w4a8, w4a16)] == ["W8A8", "W4A8", "W4A16"]
+    assert [r.blocks.state for r in (w8a8, w4a8, w4a16)] == ["int8", "int8", "fp16"]
+    assert (w8a8.embedding, w4a8.embedding, w4a16.embedding) == ("int8", "int4", "int4")
+    assert (w8a8.solver.kind, w4a8.solver.kind, w4a16.solver.kind) == ("rtn", "gptq", "gptq")
+    assert w8a8.solver.scale == "absmax"
+    assert (w8a8.parameters, w4a8.parameters, w4a16.parameters) == ("int8", "int8", "float16")
+    assert (w4a8.dt_proj, w4a16.dt_proj) == ("int8", "float")
+    for recipe in (w8a8, w4a8, w4a16):
+        assert (recipe.rounding, recipe.overflow, recipe.rotate) == ("half_away", "saturate", True)
+        assert recipe.percentile_alpha is None
+    for recipe in (w8a8, w4a8):
+        assert recipe.int8 == WeightFormat(8, "split")
+        assert (recipe.conv_scales, recipe.activation_scales) == ("split", "tensor")
+        assert recipe.group_heads == HeadGroups(heads=4, channels=4)
+    assert w4a8.int4 == WeightFormat(4, "two_level", 128)
+    assert w4a8.embedding_int4 == w4a16.embedding_int4 == WeightFormat(4, "channel", scale_bits=16)
+    assert w8a8.embedding_int8 == WeightFormat(8, "channel", scale_bits=16)
+
+
 def test_a_full_recipe_round_trips() -> None:
     recipe = Recipe(
         name="full",
@@ -62,17 +93,46 @@ def test_a_full_recipe_round_trips() -> None:
         ),
         embedding="int4",
         head=Precision(weights="int8"),
-        int4=WeightFormat(4, "channel"),
-        int8=WeightFormat(8, "group", 64),
-        embedding_int4=WeightFormat(4, "group", 32),
-        dt_proj="int4",
-        conv_scales="tensor",
+        int4=WeightFormat(4, "two_level", 64, scale_bits=16),
+        int8=WeightFormat(8, "split", parts=(2, 3)),
+        embedding_int4=WeightFormat(4, "group", 32, scale_bits=32),
+        embedding_int8=WeightFormat(8, "tensor", scale_bits=16),
+        dt_proj="float",
+        conv_scales="split",
+        parameters="int8",
+        rounding="half_away",
+        overflow="wrap",
         activation_scales="tensor",
         percentile_alpha=0.999,
         rotate=False,
         group_heads=HeadGroups(heads=2, channels=3),
         solver=Solver(kind="gptq", damping=0, act_order=False, scale="absmax", refinements=0, samples=7),
     )
+    plain = Recipe(name="plain", blocks=Precision())
+    for field in dataclasses.fields(Recipe):
+        if field.name != "version":
+            assert getattr(recipe, field.name) != getattr(plain, field.name), field.name
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dt_proj": "float"},
+        {"conv_scales": "split"},
+        {"parameters": "float16"},
+        {"parameters": "int8"},
+        {"rounding": "half_away"},
+        {"overflow": "wrap"},
+        {"solver": {"kind": "unknown"}},
+        {"embedding_int8": {"bits": 8, "granularity": "group", "group_size": 64, "scale_bits": 16}},
+        {"int4": {"bits": 4, "granularity": "two_level", "group_size": 128}},
+    ],
+    ids=str,
+)
+def test_fields_of_published_models_round_trip(changes: dict[str, object]) -> None:
+    recipe = Recipe.from_dict({**BASE, **changes})
+    assert recipe != Recipe.from_dict(BASE)
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
@@ -137,8 +197,17 @@ WRONG = [
     ({"overrides": [{"blocks": [True], "precision": "W8A8"}]}, "expected a list of block numbers"),
     ({"overrides": [{"block": [1], "precision": "W8A8"}]}, "Did you mean 'blocks'?"),
     ({"embedding": "int3"}, "The embedding precision is 'int3'"),
-    ({"dt_proj": "float"}, "The precision of dt_proj is 'float', expected one of 'int4', 'int8'."),
+    ({"dt_proj": "fp16"}, "The precision of dt_proj is 'fp16', expected one of 'int4', 'int8', 'float'."),
     ({"conv_scales": "group"}, "conv_scales is 'group'"),
+    ({"parameters": "float8"}, "parameters is 'float8'"),
+    ({"rounding": "half_evn"}, "Did you mean 'half_even'?"),
+    ({"overflow": "clamp"}, "overflow is 'clamp', expected one of 'saturate', 'wrap'."),
+    ({"embedding_int8": {"bits": 4, "granularity": "channel"}}, "int8 format says bits = 4, expected 8"),
+    ({"embedding_int8": {"bits": 8, "granularity": "split"}}, "An embedding table has granularity 'split'"),
+    (
+        {"embedding_int4": {"bits": 4, "granularity": "two_level", "group_size": 128}},
+        "An embedding table has granularity 'two_level'",
+    ),
     ({"activation_scales": "row"}, "activation_scales is 'row'"),
     ({"int4": "group"}, "The recipe's int4 is 'group', expected a table of fields."),
     ({"int4": {"bits": 8, "granularity": "channel"}}, "says bits = 8, expected 4"),

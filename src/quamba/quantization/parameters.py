@@ -17,8 +17,8 @@ from quamba.recipes.skeleton import int8_parameters, set_parameter
 def round_parameters(model: MambaLM, plan: Plan) -> None:
     """Bring a float model's parameters into the recipe's format; weights to be quantized stay as they are.
 
-    In place. Comes after every rewrite of the model, and before calibration, so that scales are made from what
-    the rounded parameters give. What is rounded to float16 keeps its dtype.
+    In place. Comes after every rewrite of the model, and before calibration, so that scales are made from
+    what the rounded parameters give. What is rounded to float16 keeps its dtype.
     Raises QuambaError for a parameter that float16 cannot hold.
     """
     if plan.recipe.parameters == "float32":
