@@ -188,6 +188,10 @@ def test_bad_options(refused: Refused, options: tuple[str, ...], sentence: str) 
     assert sentence in refused(main, "chat", "mamba2-tiny", *options)
 
 
+def test_the_template_is_looked_for_before_the_model(refused: Refused) -> None:
+    assert "Did you mean 'zephyr'?" in refused(main, "chat", "nowhere", "--template", "zefyr")
+
+
 def test_bytes_that_are_no_text(repo_root: Path, here: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(repo_root / "chat.py"), *TINY],

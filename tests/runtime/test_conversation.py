@@ -252,6 +252,7 @@ def test_a_tokenizer_that_puts_a_space_before_a_text(tokenizer: Tokenizer) -> No
     for question, answer in (("Hi", " one\nUser:"), ("So", "two\nUser:"), (" x", " three\nUser:")):
         script.to_say = iter(spaced.encode(answer)[1:])
         assert held(conversation, [question]) == [answer.removesuffix("\nUser:")]
+        assert conversation.messages[-1].content == answer.removesuffix("\nUser:")
     text = "User: Hi\nAssistant: one\nUser: So\nAssistant:two\nUser:  x\nAssistant: three\nUser:"
     assert list(conversation.ids) == spaced.encode(text)
 
@@ -345,11 +346,13 @@ def test_an_interrupted_answer_is_kept_as_far_as_printed(tokenizer: Tokenizer, h
     conversation, script = scripted(tokenizer, "zephyr", "abcdef")
     pieces = conversation.say("x")
     printed = next(pieces) + next(pieces)
+    passes = script.passes
     if how == "interrupt":
         conversation.interrupt()
         assert list(pieces) == []
     else:
         pieces.close()
+    assert script.passes == passes
     assert printed == conversation.messages[-1].content == "ab"
     assert conversation.stats.last.finished == "interrupted"
     assert consistent(conversation, tokenizer)
@@ -393,20 +396,24 @@ def test_an_answer_that_has_not_begun_leaves_no_trace(
     assert consistent(conversation, tokenizer)
 
 
-def test_an_interrupt_while_reading(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("during", [2, 4], ids=["a-piece", "the-last-piece"])
+def test_an_interrupt_while_reading(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, during: int
+) -> None:
     monkeypatch.setattr("quamba.runtime.conversation.PREFILL_PIECE", 10)
     conversation, script = scripted(tokenizer, "zephyr", "ab")
     passes = script.__class__.__call__
 
     def interrupted(self: Script, ids: Tensor, cache: Log, *, last_only: bool) -> Tensor:
-        if self.passes == 1:
+        if self.passes == during - 1:
             conversation.interrupt()
         self.to_say = iter(tokenizer.encode("abcd"))
         return passes(self, ids, cache, last_only=last_only)
 
     monkeypatch.setattr(Script, "__call__", interrupted)
     assert held(conversation, ["a long question"]) == [""]
-    assert script.passes == 2
+    assert script.passes == during
+    assert conversation.stats.last is None
     assert (conversation.messages, conversation.ids) == ((), ())
 
 
@@ -541,6 +548,23 @@ def test_saving_again_replaces_a_conversation_only(
     with pytest.raises(QuambaError, match="cannot be written"):
         conversation.save(tmp_path / "no" / "such" / "folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["talk", "text", "weights"]
+
+
+def test_a_failed_save_leaves_the_file_as_it_was(
+    saved: tuple[Conversation, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation, path = saved
+    before = path.read_bytes()
+    conversation.undo()
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(QuambaError, match=r"'.*talk' cannot be written: No space left on device"):
+        conversation.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["talk"]
 
 
 def test_a_conversation_that_has_not_begun(tokenizer: Tokenizer, tmp_path: Path) -> None:
