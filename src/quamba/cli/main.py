@@ -14,6 +14,8 @@ _COMMANDS = {
     "chat": ("chat", "Talk with a model that keeps its memory between turns."),
     "profile": ("profile", "Measure size and speed on this machine."),
     "inspect": ("inspect", "Show what is quantized how, without loading weights."),
+    "convert": ("convert", "Write a published checkpoint in our format."),
+    "export-zoo": ("export_zoo", "Write a quantized model in the published format."),
     "recipes": ("recipes", "List the shipped recipes."),
     "demo": ("demo", "Quantize the bundled Mamba2 model, measure it, generate from it."),
 }
