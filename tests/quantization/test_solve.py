@@ -38,14 +38,17 @@ def moments_alone(model: MambaLM, path: str, count: int | None = None) -> Tensor
     return 2 / len(x) * x.T @ x
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantized", [None, "w8a8", "zoo-w8a8"])
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
-def test_hessians_are_those_of_the_whole_model(family: str, quantized: bool) -> None:
-    """The stream is kept at the current block, so each projection's inputs come out as in a full pass."""
+def test_hessians_are_those_of_the_whole_model(family: str, quantized: str | None) -> None:
+    """The stream is kept at the current block, so each projection's inputs come out as in a full pass.
+
+    Of codes for x_proj in w8a8, whose columns hold their scales; of real values in zoo-w8a8.
+    """
     config = tiny_config(family)
     model = tiny_model(config)
-    if quantized:
-        recipe = with_state(shipped("w8a8", config), "int8")
+    if quantized is not None:
+        recipe = with_state(shipped(quantized, config), "int8")
         model, _, _ = quantize_model(model, recipe, calibration_set(config))
     stream = Stream(model, calibration_set(config), None)
     names = ["in_proj", "x_proj", "dt_proj", "out_proj"] if family == "mamba" else ["in_proj", "out_proj"]
@@ -57,6 +60,8 @@ def test_hessians_are_those_of_the_whole_model(family: str, quantized: bool) -> 
             assert cross is None
             # In float32, codes near the middle may move between a batch and a sequence alone.
             bound = 1e-3 if quantized else 1e-5
+            folded = quantized == "w8a8" and name == "x_proj"
+            assert linear.input_scale_folded == folded
             assert (found - expected).abs().max() <= bound * expected.abs().max(), name
         stream.advance(layer)
     found, _ = moments(model.lm_head, stream.head_inputs(), None, stream.masks)
