@@ -173,7 +173,7 @@ def test_sizes_have_no_default(missing):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({**SIZES, "norm_cfg": {"norm": "QRMSNorm"}}, "is a model of the published Quamba zoo.*'norm_cfg'"),
+        ({**SIZES, "norm_cfg": {"norm": "QRMSNorm"}}, "is a model of the published Quamba zoo.*norm_cfg"),
         (
             {**SIZES, "quantization_config": {"quant_method": "quamba"}},
             "is a model that quamba has quantized",

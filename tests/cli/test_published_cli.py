@@ -181,7 +181,8 @@ def test_testing_scores_at_most_100_windows(run: Run, here: Path) -> None:
         (("mamba2-tiny", *PPL, "--ppl_dataset", "wikitext3"), "Did you mean 'wikitext2'?"),
         (("mamba2-tiny", *PPL, "--log_dir", "eval.txt"), "is a file, expected a folder"),
         (("mamba2-tiny", *PPL, "--ppl_dataset", "sub/eval.txt"), "have the same name"),
-        (("ut-enyac/quamba-x-w8a8", *PPL), "give --pretrained_dir DIR"),
+        (("quamba-x-w8a8", *PPL), "give --pretrained_dir DIR"),
+        (("ut-enyac/quamba-x-w8a8", *PPL), "is not in the local cache while the hub cannot be reached"),
     ],
 )
 def test_bad_arguments(refused: Refused, here: Path, arguments: tuple[object, ...], sentence: str) -> None:

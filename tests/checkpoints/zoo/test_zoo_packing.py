@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from zoo_fixtures import zoo_path
 
 from quamba.checkpoints.zoo import packing
 from quamba.checkpoints.zoo.packing import (
@@ -365,11 +366,7 @@ def test_padded(n: int, multiple: int, expected: int) -> None:
 
 
 def read_zoo_model(repo_root: Path, name: str) -> dict[str, Any]:
-    file = repo_root.parent / "shared" / "zoo" / name / "pytorch_model.bin"
-    if not file.is_file():
-        pytest.skip(
-            f"the published-format model '{name}' is missing: shared/zoo is not beside the repository"
-        )
+    file = zoo_path(repo_root, name) / "pytorch_model.bin"
     return dict(torch.load(file, map_location="cpu", weights_only=True))
 
 

@@ -13,6 +13,7 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 from variants import calibration_set
+from zoo_fixtures import FIXTURES
 
 from quamba.checkpoints.zoo.config import ZooConfig
 from quamba.checkpoints.zoo.layout import zoo_layout
@@ -27,13 +28,6 @@ from quamba.recipes.plan import Plan, output_parts, resolve
 from quamba.recipes.recipe import HeadGroups, Override, Precision, Recipe, Solver, load_recipe
 from quamba.recipes.skeleton import skeleton
 
-PUBLISHED = [
-    "quamba-demo2-w4a8",
-    "quamba-demo2-w8a8",
-    "quamba2-demo2-w4a16",
-    "quamba2-demo2-w4a8",
-    "quamba2-demo2-w8a8",
-]
 GROUP_NAME = "backbone.layers.0.mixer.ssm.state_group"
 
 
@@ -139,11 +133,9 @@ def assert_equal_tensors(found: MambaLM, expected: MambaLM) -> None:
         assert torch.equal(bits(tensors[name]), bits(like)), name
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_checkpoint_comes_back_bit_for_bit(name: str, repo_root: Path, tmp_path: Path) -> None:
-    original = repo_root.parent / "shared" / "zoo" / name
-    if not original.is_dir():
-        pytest.skip(f"the published checkpoint {name} is not here")
+@pytest.mark.parametrize("zoo_folder", FIXTURES, indirect=True)
+def test_a_published_checkpoint_comes_back_bit_for_bit(zoo_folder: Path, tmp_path: Path) -> None:
+    original = zoo_folder
     model = read_zoo(original)
     notes = write_zoo(tmp_path / "copy", model.network, model.plan)
     assert notes == []
