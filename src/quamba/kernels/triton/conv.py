@@ -1,0 +1,255 @@
+"""Causal depthwise convolution with SiLU, for prompts and single tokens alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quamba.formats.activation import Activation, Quantized, Rounding
+from quamba.formats.weight import QuantizedWeight
+from quamba.kernels.triton.quantize import Tile, check_dtype, check_last_stride, check_scale, silu, to_codes
+
+
+def conv_tile(length: int, channels: int, width: int) -> Tile:
+    """Rows are tokens. A tile has at least the tokens that reach back before its sequence, width - 1."""
+    columns = min(128, triton.next_power_of_2(channels))
+    tokens = min(triton.next_power_of_2(length), max(32, triton.next_power_of_2(width)))
+    return Tile(tokens, columns, max(1, min(4, tokens * columns // 256)))
+
+
+@triton.jit
+def _conv_kernel(
+    x: Any,
+    x_scale: Any,
+    weight: Any,
+    weight_scale: Any,
+    bias: Any,
+    state: Any,
+    mask: Any,
+    y: Any,
+    out_scale: Any,
+    length: Any,
+    channels: Any,
+    length_blocks: Any,
+    channel_blocks: Any,
+    x_batch_stride: Any,
+    x_stride: Any,
+    state_batch_stride: Any,
+    state_stride: Any,
+    mask_batch_stride: Any,
+    mask_stride: Any,
+    weight_stride: Any,
+    weight_scale_stride: Any,
+    WIDTH: tl.constexpr,
+    STATE_ROWS: tl.constexpr,
+    X_SCALES: tl.constexpr,
+    OUT_SCALES: tl.constexpr,
+    HALF_AWAY: tl.constexpr,
+    BLOCK_LENGTH: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+) -> None:
+    INTEGER: tl.constexpr = (x.dtype.element_ty == tl.int8) and (weight.dtype.element_ty == tl.int8)
+    program = tl.program_id(0)
+    block = program // channel_blocks % length_blocks
+    batch = (program // channel_blocks // length_blocks).to(tl.int64)
+    channel = program % channel_blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    real = channel < channels
+    token = block * BLOCK_LENGTH + tl.arange(0, BLOCK_LENGTH)
+    x += batch * x_batch_stride
+    if mask is not None:
+        mask += batch * mask_batch_stride
+    if state is not None:
+        state += batch * state_batch_stride
+    # The taps. Only the first block of a sequence reaches back into the state, and reads it before it writes it.
+    total = tl.zeros([BLOCK_LENGTH, BLOCK_CHANNELS], tl.int32 if INTEGER else tl.float32)
+    for tap in tl.static_range(WIDTH):
+        place = token + (tap - WIDTH + 1)
+        inside = (place >= 0) & (place < length)
+        if mask is not None:
+            inside &= tl.load(mask + place.to(tl.int64) * mask_stride, mask=inside, other=0) != 0
+        value = tl.load(
+            x + place.to(tl.int64)[:, None] * x_stride + channel[None, :],
+            mask=inside[:, None] & real[None, :],
+            other=0,
+        ).to(total.dtype)
+        if state is not None and tap < WIDTH - 1:
+            if block == 0:  # a place is inside x or the state, and the other gives 0
+                value += tl.load(
+                    state + (place + WIDTH - 1).to(tl.int64)[:, None] * state_stride + channel[None, :],
+                    mask=(place < 0)[:, None] & real[None, :],
+                    other=0,
+                ).to(total.dtype)
+        factor = tl.load(weight + channel.to(tl.int64) * weight_stride + tap, mask=real, other=0)
+        if not INTEGER and weight_scale is not None:
+            step = tl.load(weight_scale + channel * weight_scale_stride, mask=real, other=0)
+            factor = factor.to(tl.float32) * step.to(tl.float32)
+        total += value * factor.to(total.dtype)[None, :]
+    result = total.to(tl.float32)
+    # Scales, bias and SiLU.
+    if x_scale is not None:
+        if X_SCALES:
+            step = tl.load(x_scale + channel, mask=real, other=0).to(tl.float32)
+        else:
+            step = tl.load(x_scale).to(tl.float32) + tl.zeros([BLOCK_CHANNELS], tl.float32)
+        if INTEGER:
+            step *= tl.load(weight_scale + channel * weight_scale_stride, mask=real, other=0).to(tl.float32)
+        result *= step[None, :]
+    if bias is not None:
+        result += tl.load(bias + channel, mask=real, other=0).to(tl.float32)[None, :]
+    result = silu(result)
+    present = token < length
+    if mask is not None:
+        kept = tl.load(mask + token.to(tl.int64) * mask_stride, mask=present, other=0) != 0
+        result = tl.where(kept[:, None], result, 0.0)
+    inside = present[:, None] & real[None, :]
+    y += (batch * length + token)[:, None] * channels + channel[None, :]
+    if out_scale is not None:
+        # One division a channel: SiLU is not exact to the last bit either.
+        if OUT_SCALES:
+            inverse = tl.div_rn(1.0, tl.load(out_scale + channel, mask=real, other=1).to(tl.float32))[None, :]
+        else:
+            inverse = tl.div_rn(1.0, tl.load(out_scale).to(tl.float32))
+        tl.store(y, to_codes(result * inverse, HALF_AWAY, False), mask=inside)
+    else:
+        tl.store(y, result.to(y.dtype.element_ty), mask=inside)
+    if state is not None:
+        if block == 0:
+            _write_state(
+                x, state, mask, length, x_stride, state_stride, mask_stride, channel, real, WIDTH, STATE_ROWS
+            )
+
+
+@triton.jit
+def _write_state(
+    x: Any,
+    state: Any,
+    mask: Any,
+    length: Any,
+    x_stride: Any,
+    state_stride: Any,
+    mask_stride: Any,
+    channel: Any,
+    real: Any,
+    WIDTH: tl.constexpr,
+    STATE_ROWS: tl.constexpr,
+) -> None:
+    """The last WIDTH - 1 rows of (state, x) become the state."""
+    row = tl.arange(0, STATE_ROWS)
+    stored = row < WIDTH - 1
+    place = length - (WIDTH - 1) + row
+    inside = stored & (place >= 0)
+    if mask is not None:
+        inside &= tl.load(mask + place.to(tl.int64) * mask_stride, mask=inside, other=0) != 0
+    value = tl.load(
+        x + place.to(tl.int64)[:, None] * x_stride + channel[None, :],
+        mask=inside[:, None] & real[None, :],
+        other=0,
+    )
+    before = tl.load(
+        state + (row + length).to(tl.int64)[:, None] * state_stride + channel[None, :],
+        mask=(stored & (place < 0))[:, None] & real[None, :],
+        other=0,
+    )
+    value = tl.where((place >= 0)[:, None], value, before)
+    tl.debug_barrier()  # other threads may still be reading what this one overwrites
+    tl.store(
+        state + row.to(tl.int64)[:, None] * state_stride + channel[None, :],
+        value,
+        mask=stored[:, None] & real[None, :],
+    )
+
+
+def causal_conv1d(
+    x: Activation,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    *,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    rounding: Rounding = "half_even",
+) -> Tensor:
+    """``reference.conv.causal_conv1d`` in one launch; integer sums in int32, all else in float32."""
+    values, x_scale = (x.codes, x.scale) if isinstance(x, Quantized) else (x, None)
+    batch, length, channels = values.shape
+    taps, weight_scale = _taps(weight)
+    width = taps.shape[1]
+    _check(values, bias, state, mask, width)
+    y = torch.empty(
+        values.shape, dtype=torch.int8 if out_scale is not None else out_dtype, device=values.device
+    )
+    check_dtype("out_dtype", y)
+    if y.numel() == 0:
+        return y
+    if width == 1:
+        state = None
+    flags = None if mask is None else mask.view(torch.uint8)
+    tile = conv_tile(length, channels, width)
+    length_blocks, channel_blocks = triton.cdiv(length, tile.rows), triton.cdiv(channels, tile.columns)
+    _conv_kernel[(batch * length_blocks * channel_blocks,)](
+        values,
+        x_scale,
+        taps,
+        weight_scale,
+        bias,
+        state,
+        flags,
+        y,
+        out_scale,
+        length,
+        channels,
+        length_blocks,
+        channel_blocks,
+        values.stride(0),
+        values.stride(1),
+        0 if state is None else state.stride(0),
+        0 if state is None else state.stride(1),
+        0 if flags is None else flags.stride(0),
+        0 if flags is None else flags.stride(1),
+        taps.stride(0),
+        0 if weight_scale is None or weight_scale.shape[0] == 1 else weight_scale.stride(0),
+        WIDTH=width,
+        STATE_ROWS=triton.next_power_of_2(max(width - 1, 1)),
+        X_SCALES=x_scale is not None and check_scale("the scale of x", x_scale, channels),
+        OUT_SCALES=out_scale is not None and check_scale("out_scale", out_scale, channels),
+        HALF_AWAY=rounding == "half_away",
+        BLOCK_LENGTH=tile.rows,
+        BLOCK_CHANNELS=tile.columns,
+        num_warps=tile.num_warps,
+    )
+    return y
+
+
+def _taps(weight: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None]:
+    """Codes (C, W) and scales ([1, 1] or [C, 1]), or the float weight and None."""
+    if not isinstance(weight, QuantizedWeight):
+        check_dtype("weight", weight)
+        check_last_stride("weight", weight)
+        return weight, None
+    if weight.channel_scale is not None or weight.scale.shape[1] != 1:
+        raise ValueError(
+            f"weight is of granularity '{weight.format.granularity}', expected scales per tensor or channel."
+        )
+    return weight.codes(), weight.scale
+
+
+def _check(x: Tensor, bias: Tensor | None, state: Tensor | None, mask: Tensor | None, width: int) -> None:
+    check_dtype("x", x)
+    check_last_stride("x", x)
+    if bias is not None:
+        check_dtype("bias", bias)
+        check_last_stride("bias", bias)
+    if state is not None:
+        check_last_stride("state", state)
+        if state.dtype != x.dtype:
+            raise ValueError(f"state is {state.dtype}, expected the dtype of x, {x.dtype}.")
+        if tuple(state.shape) != (x.shape[0], width - 1, x.shape[2]):
+            expected = [x.shape[0], width - 1, x.shape[2]]
+            raise ValueError(f"state has shape {list(state.shape)}, expected {expected}.")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}, expected torch.bool.")

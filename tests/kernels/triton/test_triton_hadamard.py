@@ -1,0 +1,198 @@
+"""The Triton rotation against float64, and its fused forms against the ops they replace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from rounding import assert_codes, random_codes
+from torch import Tensor
+
+from quamba.errors import QuambaError
+from quamba.formats.activation import Overflow, Quantized, Rounding
+from quamba.formats.hadamard import hadamard_factors
+from quamba.kernels.reference import hadamard as reference
+from quamba.kernels.reference import norm as reference_norm
+from quamba.kernels.reference import quantize as reference_quantize
+from quamba.kernels.triton import hadamard as module
+from quamba.kernels.triton.hadamard import (
+    Split,
+    gated_norm_hadamard_quantize,
+    hadamard,
+    hadamard_quantize,
+    split_for,
+)
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+
+SIZES = [1, 2, 12, 20, 24, 28, 40, 44, 64, 80, 128, 256, 768, 1536, 2048, 5120]
+MODES = [("half_even", "saturate"), ("half_away", "saturate"), ("half_even", "wrap"), ("half_away", "wrap")]
+
+
+@pytest.fixture(params=["few rows", "many rows"])
+def split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both ways to cut a row, whatever the number of rows."""
+    monkeypatch.setattr(module, "_FEW_PROGRAMS", 1 << 30 if request.param == "few rows" else 0)
+    yield
+
+
+def exact(x: Tensor, transpose: bool = False) -> Tensor:
+    return reference.hadamard(x.double(), transpose)
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_float32(n: int, transpose: bool, device: torch.device) -> None:
+    x = torch.randn(3, n)
+    given = hadamard(x.to(device), transpose).cpu()
+    error = (given.double() - exact(x, transpose)).abs().max()
+    allowed = (reference.hadamard(x, transpose).double() - exact(x, transpose)).abs().max()
+    assert error <= 2 * allowed + 3e-7 * x.abs().max()
+
+
+@pytest.mark.parametrize("n", [8192, 16384])
+def test_one_long_row(n: int, device: torch.device) -> None:
+    x = torch.randn(1, n)
+    torch.testing.assert_close(hadamard(x.to(device)).cpu().double(), exact(x), rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize("n", [64, 80, 2048])
+def test_sums_of_integers_are_exact(n: int, device: torch.device) -> None:
+    """In float32 any order of sums of small integers is exact: before the last factor all bits agree."""
+    x = torch.randint(-1000, 1001, (2, n)).float()
+    given = hadamard(x.to(device)).cpu()
+    sums = (exact(x) * n**0.5).round().float()
+    assert torch.equal(given, sums * torch.tensor(n**-0.5, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n", [40, 128])
+def test_narrow_floats(n: int, dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randn(2, 3, n).to(dtype)
+    given = hadamard(x.to(device))
+    assert given.dtype == dtype
+    ulp = torch.finfo(dtype).eps
+    torch.testing.assert_close(given.cpu().double(), exact(x), rtol=ulp, atol=ulp * 1e-2)
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize(("rounding", "overflow"), MODES)
+@pytest.mark.parametrize("n", [24, 40, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_quantized(
+    n: int, rounding: Rounding, overflow: Overflow, dtype: torch.dtype, device: torch.device
+) -> None:
+    """The codes of the rotation's own floats, exactly; and those of float64 up to ties."""
+    x, scale = (torch.randn(5, n) * 2).to(dtype), torch.tensor(0.013)
+    given = hadamard_quantize(x.to(device), scale.to(device), rounding=rounding, overflow=overflow).cpu()
+    floats = hadamard(x.float().to(device)).cpu()
+    assert torch.equal(
+        given, reference_quantize.quantize(floats, scale, rounding=rounding, overflow=overflow)
+    )
+    if overflow == "saturate":
+        assert_codes(given, exact(x) / scale.double(), slack=1e-4)
+
+
+@pytest.mark.usefixtures("split")
+def test_strided_rows(device: torch.device) -> None:
+    x = torch.randn(2, 3, 200)
+    for n in (40, 128):
+        part = x[..., 11 : 11 + n]
+        given = hadamard(x.to(device)[..., 11 : 11 + n]).cpu()
+        torch.testing.assert_close(given.double(), exact(part), rtol=1e-5, atol=1e-6)
+
+
+def test_empty(device: torch.device) -> None:
+    x = torch.empty(0, 24, device=device)
+    one = torch.tensor(1.0, device=device)
+    assert hadamard(x).shape == hadamard_quantize(x, one).shape == x.shape
+    assert gated_norm_hadamard_quantize(x, x, None, one, eps=1e-5, group_size=24).shape == x.shape
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64, 1000, 10**6])
+@pytest.mark.parametrize("n", [1, 12, 128, 1024, 1536, 2048, 5120, 8192, 16384, 40960, 65536])
+def test_every_split_covers_the_row(n: int, rows: int) -> None:
+    split = split_for(rows, n)
+    m, _ = hadamard_factors(n)
+    assert split.slow << split.fast_bits == n
+    assert split.slow % m == 0
+    assert split.slow_block << split.fast_bits <= 2**14
+    assert split.rows == 1 or split.slow == 1
+    assert 1 <= split.num_warps <= 16
+
+
+def test_one_row_is_spread_over_programs() -> None:
+    assert split_for(1, 5120) == Split(40, 7, 1, 1, 1)
+    assert split_for(1, 16384) == Split(16, 10, 1, 1, 4)
+    assert split_for(4096, 16384) == Split(1, 14, 1, 1, 16)
+    assert split_for(4096, 5120) == Split(40, 7, 8, 1, 4)
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize(("n", "groups"), [(24, 1), (40, 2), (256, 1), (2048, 8), (1536, 3)])
+@pytest.mark.parametrize("kind", ["float", "scalar", "channels"])
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+def test_after_the_gated_norm(
+    n: int, groups: int, kind: str, norm_before_gate: bool, device: torch.device
+) -> None:
+    y, weight = torch.randn(3, 1, n), torch.randn(n) if norm_before_gate or groups == 1 else None
+    scale, out_scale = torch.rand(n if kind == "channels" else ()) * 0.05, torch.tensor(0.02)
+    codes = random_codes(3, 1, n)
+    real = torch.randn(3, 1, n).double() if kind == "float" else codes.double() * scale.double()
+    z = real.float().to(device) if kind == "float" else Quantized(codes.to(device), scale.to(device))
+    real = real.float().double() if kind == "float" else real
+    options = {"eps": 1e-5, "group_size": n // groups, "norm_before_gate": norm_before_gate}
+    moved = None if weight is None else weight.to(device)
+    given = gated_norm_hadamard_quantize(y.to(device), z, moved, out_scale.to(device), **options)
+    wide = None if weight is None else weight.double()
+    normed = reference_norm.gated_rms_norm(y.double(), real, wide, **options, out_dtype=torch.float64)
+    assert given.shape == y.shape
+    assert_codes(given.cpu(), exact(normed) / out_scale.double(), slack=3e-4)
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize("n", [24, 64])
+def test_after_the_gated_norm_of_slices(n: int, device: torch.device) -> None:
+    both = torch.randn(4, 3 * n).half()
+    y, z, scale = both[:, 5 : 5 + n], both[:, n + 7 : 2 * n + 7], torch.tensor(0.05)
+    on_device = both.to(device)
+    for rounding, overflow in MODES:
+        given = gated_norm_hadamard_quantize(
+            on_device[:, 5 : 5 + n],
+            on_device[:, n + 7 : 2 * n + 7],
+            None,
+            scale.to(device),
+            eps=1e-5,
+            group_size=n,
+            rounding=rounding,
+            overflow=overflow,
+        )
+        normed = reference_norm.gated_rms_norm(y, z, None, eps=1e-5, group_size=n)
+        wanted = reference_quantize.quantize(
+            reference.hadamard(normed), scale, rounding=rounding, overflow=overflow
+        )
+        assert (given.cpu() != wanted).sum() <= 1
+
+
+def test_refusals(device: torch.device) -> None:
+    one = torch.tensor(1.0, device=device)
+    x = torch.randn(2, 24, device=device)
+    with pytest.raises(TypeError, match=r"got torch\.int8"):
+        hadamard(torch.zeros(2, dtype=torch.int8, device=device))
+    with pytest.raises(QuambaError, match="nearest supported sizes are 12 and 16"):
+        hadamard(torch.randn(2, 14, device=device))
+    with pytest.raises(ValueError, match="x is float64"):
+        hadamard(x.double())
+    with pytest.raises(ValueError, match="x has stride 2 in its last dimension"):
+        hadamard(torch.randn(24, 2, device=device).T)
+    with pytest.raises(ValueError, match=r"out_scale has shape \[24\]"):
+        hadamard_quantize(x, torch.ones(24, device=device))
+    with pytest.raises(ValueError, match="group_size 10 does not divide the 24 channels"):
+        gated_norm_hadamard_quantize(x, x, None, one, eps=1e-5, group_size=10)
+    with pytest.raises(ValueError, match="y has 32768 channels"):
+        gated_norm_hadamard_quantize(
+            torch.randn(1, 32768, device=device), x, None, one, eps=1e-5, group_size=32
+        )
