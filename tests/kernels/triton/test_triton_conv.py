@@ -16,9 +16,9 @@ from quamba.kernels.triton.conv import causal_conv1d
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
-LENGTHS = [1, 2, 3, 63, 65]
+LENGTHS = [1, 2, 3, 33]
 CHANNELS = 150
-BATCH = 3
+BATCH = 2
 
 
 def left_mask(length: int) -> Tensor:
@@ -81,10 +81,11 @@ def check(
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("width", [1, 2, 4])
-@pytest.mark.parametrize("granularity", ["channel", "tensor"])
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize(
+    ("granularity", "per_channel", "masked"),
+    [("channel", False, False), ("channel", True, True), ("tensor", False, True), ("tensor", True, False)],
+)
 def test_integers(
     length: int, width: int, granularity: str, per_channel: bool, masked: bool, device: torch.device
 ) -> None:
@@ -96,8 +97,8 @@ def test_integers(
     check(x, quantized_weight(width, granularity), bias, state, mask, device)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("width", [1, 3, 4, 6])
+@pytest.mark.parametrize("length", [1, 2, 33])
+@pytest.mark.parametrize("width", [1, 4, 6])
 @pytest.mark.parametrize("masked", [False, True])
 def test_floats(length: int, width: int, masked: bool, device: torch.device) -> None:
     x, state = torch.randn(BATCH, length, CHANNELS), torch.randn(BATCH, width - 1, CHANNELS)
@@ -131,7 +132,7 @@ def test_narrow_floats(dtype: torch.dtype, device: torch.device) -> None:
     torch.testing.assert_close(given.cpu().double(), wanted, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("pieces", [[1] * 7, [3, 4], [1, 6], [6, 1], [2, 0, 5], [33, 2, 40]], ids=str)
+@pytest.mark.parametrize("pieces", [[1] * 7, [3, 4], [1, 6], [6, 1], [2, 0, 5], [33, 2]], ids=str)
 @pytest.mark.parametrize("kind", ["int8", "float32"])
 def test_pieces_are_one_pass(pieces: list[int], kind: str, device: torch.device) -> None:
     scale, weight = torch.rand(CHANNELS, device=device), torch.randn(CHANNELS, 4, device=device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from rounding import assert_codes, random_codes
@@ -26,15 +24,22 @@ from quamba.kernels.triton.hadamard import (
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
-SIZES = [1, 2, 12, 20, 24, 28, 40, 44, 64, 80, 128, 256, 768, 1536, 2048, 5120]
+SIZES = [1, 2, 12, 20, 24, 28, 40, 44, 64, 80, 128, 256]
 MODES = [("half_even", "saturate"), ("half_away", "saturate"), ("half_even", "wrap"), ("half_away", "wrap")]
 
 
 @pytest.fixture(params=["few rows", "many rows"])
-def split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Both ways to cut a row, whatever the number of rows."""
-    monkeypatch.setattr(module, "_FEW_PROGRAMS", 1 << 30 if request.param == "few rows" else 0)
-    yield
+def split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to cut a row, whatever the number of rows and short rows too."""
+    few = request.param == "few rows"
+
+    def cut(rows: int, n: int) -> Split:
+        m, bits = hadamard_factors(n)
+        extra = min(bits, 2) if few and m == 1 else 0
+        slow, block = m << extra, 1 if few else 8
+        return Split(slow, bits - extra, block if slow > 1 else 1, 2 if slow == 1 else 1, 1)
+
+    monkeypatch.setattr(module, "split_for", cut)
 
 
 def exact(x: Tensor, transpose: bool = False) -> Tensor:
@@ -45,21 +50,21 @@ def exact(x: Tensor, transpose: bool = False) -> Tensor:
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_float32(n: int, transpose: bool, device: torch.device) -> None:
-    x = torch.randn(3, n)
+    x = torch.randn(3 if n < 40 else 1, n)
     given = hadamard(x.to(device), transpose).cpu()
     error = (given.double() - exact(x, transpose)).abs().max()
     allowed = (reference.hadamard(x, transpose).double() - exact(x, transpose)).abs().max()
     assert error <= 2 * allowed + 3e-7 * x.abs().max()
 
 
-@pytest.mark.parametrize("n", [8192, 16384])
-def test_one_long_row(n: int, device: torch.device) -> None:
-    x = torch.randn(1, n)
+@pytest.mark.parametrize(("rows", "n"), [(1, 1536), (1, 5120), (1, 16384), (17, 8192), (3, 1024)])
+def test_long_rows(rows: int, n: int, device: torch.device) -> None:
+    x = torch.randn(rows, n)
     torch.testing.assert_close(hadamard(x.to(device)).cpu().double(), exact(x), rtol=1e-5, atol=3e-6)
 
 
 @pytest.mark.usefixtures("split")
-@pytest.mark.parametrize("n", [64, 80, 2048])
+@pytest.mark.parametrize("n", [64, 80])
 def test_sums_of_integers_are_exact(n: int, device: torch.device) -> None:
     """In float32 any order of sums of small integers is exact: before the last factor all bits agree."""
     x = torch.randint(-1000, 1001, (2, n)).float()
@@ -80,26 +85,35 @@ def test_narrow_floats(n: int, dtype: torch.dtype, device: torch.device) -> None
 
 @pytest.mark.usefixtures("split")
 @pytest.mark.parametrize(("rounding", "overflow"), MODES)
-@pytest.mark.parametrize("n", [24, 40, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_quantized(
-    n: int, rounding: Rounding, overflow: Overflow, dtype: torch.dtype, device: torch.device
-) -> None:
-    """The codes of the rotation's own floats, exactly; and those of float64 up to ties."""
-    x, scale = (torch.randn(5, n) * 2).to(dtype), torch.tensor(0.013)
+def test_ties_of_codes(rounding: Rounding, overflow: Overflow, device: torch.device) -> None:
+    """Sums of integers by 1/8 by 4: nothing is rounded before the codes, and half of them are ties."""
+    x, scale = torch.randint(-60, 61, (3, 64)).float(), torch.tensor(0.25)
     given = hadamard_quantize(x.to(device), scale.to(device), rounding=rounding, overflow=overflow).cpu()
-    floats = hadamard(x.float().to(device)).cpu()
+    quotient = exact(x).float()
     assert torch.equal(
-        given, reference_quantize.quantize(floats, scale, rounding=rounding, overflow=overflow)
+        given, reference_quantize.quantize(quotient, scale, rounding=rounding, overflow=overflow)
     )
-    if overflow == "saturate":
-        assert_codes(given, exact(x) / scale.double(), slack=1e-4)
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize("n", [24, 40, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_codes(n: int, dtype: torch.dtype, device: torch.device) -> None:
+    x, scale = (torch.randn(2, n) * 2).to(dtype), torch.tensor(0.03)
+    given = hadamard_quantize(x.to(device), scale.to(device)).cpu()
+    assert_codes(given, exact(x) / scale.double(), slack=1e-4)
+
+
+def test_codes_of_the_transpose(device: torch.device) -> None:
+    x, scale = torch.randn(2, 20), torch.tensor(0.03)
+    given = hadamard_quantize(x.to(device), scale.to(device), transpose=True).cpu()
+    assert_codes(given, exact(x, transpose=True) / scale.double(), slack=1e-4)
 
 
 @pytest.mark.usefixtures("split")
 def test_strided_rows(device: torch.device) -> None:
     x = torch.randn(2, 3, 200)
-    for n in (40, 128):
+    for n in (12, 128):
         part = x[..., 11 : 11 + n]
         given = hadamard(x.to(device)[..., 11 : 11 + n]).cpu()
         torch.testing.assert_close(given.double(), exact(part), rtol=1e-5, atol=1e-6)
@@ -119,29 +133,30 @@ def test_every_split_covers_the_row(n: int, rows: int) -> None:
     m, _ = hadamard_factors(n)
     assert split.slow << split.fast_bits == n
     assert split.slow % m == 0
-    assert split.slow_block << split.fast_bits <= 2**14
+    assert split.slow_block << split.fast_bits <= 2**15
+    assert split.slow_block in ((1,) if split.slow == 1 else (1, 2, 4, 8))
     assert split.rows == 1 or split.slow == 1
     assert 1 <= split.num_warps <= 16
 
 
 def test_one_row_is_spread_over_programs() -> None:
-    assert split_for(1, 5120) == Split(40, 7, 1, 1, 1)
-    assert split_for(1, 16384) == Split(16, 10, 1, 1, 4)
+    assert split_for(1, 5120) == Split(40, 7, 1, 1, 16)
+    assert split_for(1, 16384) == Split(16, 10, 1, 1, 16)
     assert split_for(4096, 16384) == Split(1, 14, 1, 1, 16)
-    assert split_for(4096, 5120) == Split(40, 7, 8, 1, 4)
+    assert split_for(4096, 5120) == Split(40, 7, 8, 1, 1)
 
 
 @pytest.mark.usefixtures("split")
-@pytest.mark.parametrize(("n", "groups"), [(24, 1), (40, 2), (256, 1), (2048, 8), (1536, 3)])
+@pytest.mark.parametrize(("n", "groups"), [(24, 1), (24, 3), (64, 4)])
 @pytest.mark.parametrize("kind", ["float", "scalar", "channels"])
 @pytest.mark.parametrize("norm_before_gate", [False, True])
 def test_after_the_gated_norm(
     n: int, groups: int, kind: str, norm_before_gate: bool, device: torch.device
 ) -> None:
-    y, weight = torch.randn(3, 1, n), torch.randn(n) if norm_before_gate or groups == 1 else None
+    y, weight = torch.randn(2, 1, n), torch.randn(n) if norm_before_gate or groups == 1 else None
     scale, out_scale = torch.rand(n if kind == "channels" else ()) * 0.05, torch.tensor(0.02)
-    codes = random_codes(3, 1, n)
-    real = torch.randn(3, 1, n).double() if kind == "float" else codes.double() * scale.double()
+    codes = random_codes(2, 1, n)
+    real = torch.randn(2, 1, n).double() if kind == "float" else codes.double() * scale.double()
     z = real.float().to(device) if kind == "float" else Quantized(codes.to(device), scale.to(device))
     real = real.float().double() if kind == "float" else real
     options = {"eps": 1e-5, "group_size": n // groups, "norm_before_gate": norm_before_gate}
@@ -156,25 +171,15 @@ def test_after_the_gated_norm(
 @pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("n", [24, 64])
 def test_after_the_gated_norm_of_slices(n: int, device: torch.device) -> None:
-    both = torch.randn(4, 3 * n).half()
-    y, z, scale = both[:, 5 : 5 + n], both[:, n + 7 : 2 * n + 7], torch.tensor(0.05)
-    on_device = both.to(device)
-    for rounding, overflow in MODES:
-        given = gated_norm_hadamard_quantize(
-            on_device[:, 5 : 5 + n],
-            on_device[:, n + 7 : 2 * n + 7],
-            None,
-            scale.to(device),
-            eps=1e-5,
-            group_size=n,
-            rounding=rounding,
-            overflow=overflow,
-        )
-        normed = reference_norm.gated_rms_norm(y, z, None, eps=1e-5, group_size=n)
-        wanted = reference_quantize.quantize(
-            reference.hadamard(normed), scale, rounding=rounding, overflow=overflow
-        )
-        assert (given.cpu() != wanted).sum() <= 1
+    both = torch.randn(2, 3 * n).half()
+    y, z, scale = both[:, 5 : 5 + n], both[:, n + 7 : 2 * n + 7], torch.tensor(0.003)
+    moved, modes = both.to(device), {"rounding": "half_away", "overflow": "wrap"}
+    parts = moved[:, 5 : 5 + n], moved[:, n + 7 : 2 * n + 7]
+    given = gated_norm_hadamard_quantize(*parts, None, scale.to(device), eps=1e-5, group_size=n, **modes)
+    normed = reference_norm.gated_rms_norm(y, z, None, eps=1e-5, group_size=n)
+    wanted = reference_quantize.quantize(reference.hadamard(normed), scale, **modes)
+    off = (given.cpu() - wanted).abs()  # in int8, hence around the corner too
+    assert off.max() <= 1 and off.count_nonzero() <= 1
 
 
 def test_refusals(device: torch.device) -> None:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from quamba.formats.activation import Quantized
 from quamba.kernels.reference import norm as reference
+from quamba.kernels.triton import norm
 from quamba.kernels.triton.norm import add_norm, gated_rms_norm, rms_norm
+from quamba.kernels.triton.quantize import Tile
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -34,7 +36,7 @@ def wide(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.double()
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 63), (2, 3, 130), (5, 1030), (1, 2560)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 63), (2, 3, 130), (1, 2560)], ids=str)
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("with_weight", [False, True])
@@ -71,7 +73,7 @@ def test_residual_dtypes(
         assert_as_accurate(y, y32.to(dtype).float(), y32.double(), floor=1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("columns", [63, 256])
 def test_codes(rows: int, columns: int, device: torch.device) -> None:
     x, residual = torch.randn(rows, columns).half(), torch.randn(rows, columns)
@@ -82,6 +84,19 @@ def test_codes(rows: int, columns: int, device: torch.device) -> None:
         summed = (x.float() + residual).double()
         exact, _ = reference.add_norm(summed, None, weight.double(), bias.double(), eps=EPS, center=center)
         assert_codes(y.cpu(), exact / scale.double(), slack=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8])
+def test_several_rows_a_program(rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows are taken together on a GPU once there are thousands."""
+    monkeypatch.setattr(norm, "whole_row_tile", lambda rows, columns: Tile(4, 64, 1))
+    x, z = torch.randn(rows, 40), torch.randn(rows, 40)
+    y, r = add_norm(x.to(device), z.to(device), None, eps=EPS)
+    expected, summed = reference.add_norm(x, z, None, eps=EPS)
+    torch.testing.assert_close(y.cpu(), expected)
+    assert torch.equal(r.cpu(), summed)
+    given = gated_rms_norm(x.to(device), z.to(device), None, eps=EPS, group_size=20)
+    torch.testing.assert_close(given.cpu(), reference.gated_rms_norm(x, z, None, eps=EPS, group_size=20))
 
 
 def test_strided_rows_and_one_residual(device: torch.device) -> None:
@@ -102,7 +117,7 @@ def test_empty(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 40, 48)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 5, 48)], ids=str)
 def test_unit_norm(shape: tuple[int, ...], per_channel: bool, device: torch.device) -> None:
     codes, scale = random_codes(*shape), torch.rand(shape[-1] if per_channel else ()) + 0.1
     out_scale = torch.tensor(0.03)
@@ -124,7 +139,7 @@ def gate(kind: str, *shape: int) -> Tensor | Quantized:
 
 
 @pytest.mark.parametrize("kind", ["float16", "scalar", "channels"])
-@pytest.mark.parametrize(("rows", "groups", "group_size"), [(1, 1, 63), (3, 2, 40), (65, 4, 8), (2, 1, 1500)])
+@pytest.mark.parametrize(("rows", "groups", "group_size"), [(1, 1, 63), (3, 2, 40), (5, 4, 8), (2, 1, 1500)])
 @pytest.mark.parametrize("norm_before_gate", [False, True])
 @pytest.mark.parametrize("with_weight", [False, True])
 def test_gated(
@@ -158,8 +173,8 @@ def test_gated_slices(device: torch.device) -> None:
 
 def test_refusals(device: torch.device) -> None:
     x = torch.randn(4, 6, device=device)
-    with pytest.raises(ValueError, match="residual has stride 6 in its last dimension"):
-        add_norm(x, torch.randn(6, 4, device=device).as_strided((4, 6), (1, 6)), None, eps=EPS)
+    with pytest.raises(ValueError, match="residual has stride 4 in its last dimension"):
+        add_norm(x, torch.randn(6, 4, device=device).T, None, eps=EPS)
     with pytest.raises(ValueError, match="group_size 4 does not divide the 6 channels"):
         gated_rms_norm(x, x, None, eps=EPS, group_size=4)
     with pytest.raises(ValueError, match="x is float64"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,27 +21,27 @@ def conv_tile(length: int, channels: int, width: int) -> Tile:
 
 @triton.jit
 def _conv_kernel(
-    x: Any,
-    x_scale: Any,
-    weight: Any,
-    weight_scale: Any,
-    bias: Any,
-    state: Any,
-    mask: Any,
-    y: Any,
-    out_scale: Any,
-    length: Any,
-    channels: Any,
-    length_blocks: Any,
-    channel_blocks: Any,
-    x_batch_stride: Any,
-    x_stride: Any,
-    state_batch_stride: Any,
-    state_stride: Any,
-    mask_batch_stride: Any,
-    mask_stride: Any,
-    weight_stride: Any,
-    weight_scale_stride: Any,
+    x: tl.tensor,
+    x_scale: tl.tensor,
+    weight: tl.tensor,
+    weight_scale: tl.tensor,
+    bias: tl.tensor,
+    state: tl.tensor,
+    mask: tl.tensor,
+    y: tl.tensor,
+    out_scale: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    length_blocks: tl.tensor,
+    channel_blocks: tl.tensor,
+    x_batch_stride: tl.tensor,
+    x_stride: tl.tensor,
+    state_batch_stride: tl.tensor,
+    state_stride: tl.tensor,
+    mask_batch_stride: tl.tensor,
+    mask_stride: tl.tensor,
+    weight_stride: tl.tensor,
+    weight_scale_stride: tl.tensor,
     WIDTH: tl.constexpr,
     STATE_ROWS: tl.constexpr,
     X_SCALES: tl.constexpr,
@@ -64,7 +62,7 @@ def _conv_kernel(
         mask += batch * mask_batch_stride
     if state is not None:
         state += batch * state_batch_stride
-    # The taps. Only the first block of a sequence reaches back into the state, and reads it before it writes it.
+    # Only the first block of a sequence reaches back into the state, and it reads that before it writes it.
     total = tl.zeros([BLOCK_LENGTH, BLOCK_CHANNELS], tl.int32 if INTEGER else tl.float32)
     for tap in tl.static_range(WIDTH):
         place = token + (tap - WIDTH + 1)
@@ -76,7 +74,7 @@ def _conv_kernel(
             mask=inside[:, None] & real[None, :],
             other=0,
         ).to(total.dtype)
-        if state is not None and tap < WIDTH - 1:
+        if state is not None and tap < WIDTH - 1:  # noqa: SIM102 (constants apart from what is known later)
             if block == 0:  # a place is inside x or the state, and the other gives 0
                 value += tl.load(
                     state + (place + WIDTH - 1).to(tl.int64)[:, None] * state_stride + channel[None, :],
@@ -116,7 +114,7 @@ def _conv_kernel(
         tl.store(y, to_codes(result * inverse, HALF_AWAY, False), mask=inside)
     else:
         tl.store(y, result.to(y.dtype.element_ty), mask=inside)
-    if state is not None:
+    if state is not None:  # noqa: SIM102
         if block == 0:
             _write_state(
                 x, state, mask, length, x_stride, state_stride, mask_stride, channel, real, WIDTH, STATE_ROWS
@@ -125,15 +123,15 @@ def _conv_kernel(
 
 @triton.jit
 def _write_state(
-    x: Any,
-    state: Any,
-    mask: Any,
-    length: Any,
-    x_stride: Any,
-    state_stride: Any,
-    mask_stride: Any,
-    channel: Any,
-    real: Any,
+    x: tl.tensor,
+    state: tl.tensor,
+    mask: tl.tensor,
+    length: tl.tensor,
+    x_stride: tl.tensor,
+    state_stride: tl.tensor,
+    mask_stride: tl.tensor,
+    channel: tl.tensor,
+    real: tl.tensor,
     WIDTH: tl.constexpr,
     STATE_ROWS: tl.constexpr,
 ) -> None:

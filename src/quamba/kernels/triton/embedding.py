@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,16 +19,16 @@ def embedding_tile(columns: int) -> Tile:
 
 @triton.jit
 def _embedding_kernel(
-    ids: Any,
-    table: Any,
-    scale: Any,
-    y: Any,
-    vocabulary: Any,
-    columns: Any,
-    table_stride: Any,
-    scale_row_stride: Any,
-    group_width: Any,
-    column_blocks: Any,
+    ids: tl.tensor,
+    table: tl.tensor,
+    scale: tl.tensor,
+    y: tl.tensor,
+    vocabulary: tl.tensor,
+    columns: tl.tensor,
+    table_stride: tl.tensor,
+    scale_row_stride: tl.tensor,
+    group_width: tl.tensor,
+    column_blocks: tl.tensor,
     BITS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -25,6 +24,7 @@ from quamba.kernels.triton.quantize import as_rows, check_dtype, check_last_stri
 
 _FEW_PROGRAMS = 256  # About two for each SM: below, it pays to read a row from several SMs.
 _MAX_FAST_BITS = 14  # 2^14 floats are 32 registers in each of 512 threads.
+_MAX_TILE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Split:
     """How rows are cut into programs.
 
     slow, fast_bits  n = slow * 2^fast_bits
-    slow_block       rows of M X that one program makes
+    slow_block       rows of M X that one program makes: 1, 2, 4 or 8
     rows             rows of the tensor in one program; above 1 only where slow is 1
     """
 
@@ -44,39 +44,38 @@ class Split:
 
 
 def split_for(rows: int, n: int) -> Split:
-    """One program a row (or, for an M_m, one for 8 of its rows), or many programs a row if rows are few."""
+    """One program a row (or, with an M_m, one for 8 rows of M X), or many programs a row if rows are few."""
     m, bits = hadamard_factors(n)
     spare = max(0, bits - _MAX_FAST_BITS)
-    few = max(spare, min(4, bits - 7))
-    if n >= 2048 and m == 1 and rows << few <= _FEW_PROGRAMS:
-        return Split(1 << few, bits - few, 1, 1, _warps(1 << (bits - few)))
-    if m == 1 and not spare:
+    few = max(spare, min(4, bits - 7)) if m == 1 else spare
+    slow, fast_bits = m << few, bits - few
+    tile = triton.next_power_of_2(slow) << fast_bits
+    if slow > 1 and n >= 512 and tile <= _MAX_TILE and rows * slow <= _FEW_PROGRAMS:
+        return Split(slow, fast_bits, 1, 1, max(1, min(16, tile // 512)))
+    slow, fast_bits = m << spare, bits - spare
+    if slow == 1:
         together = max(1, min(2048 >> bits, triton.next_power_of_2(triton.cdiv(rows, 512))))
-        return Split(1, bits, 1, together, _warps(together << bits))
-    slow, bits = m << spare, bits - spare
-    block = 1 if rows * slow <= _FEW_PROGRAMS else max(1, min(8, (1 << _MAX_FAST_BITS) >> bits))
-    return Split(slow, bits, block, 1, _warps(block << bits))
-
-
-def _warps(elements: int) -> int:
-    """About 8 elements a thread, and no more than 32."""
-    return max(1, min(16, elements // 256))
+        return Split(1, bits, 1, together, max(1, min(16, (together << bits) // 256)))
+    block = max(2, min(8, _MAX_TILE >> fast_bits))
+    return Split(slow, fast_bits, block, 1, max(1, min(16, (block << fast_bits) // 1024)))
 
 
 @functools.lru_cache(maxsize=64)
 def _signs(n: int, slow: int, transpose: bool, device: torch.device) -> Tensor | None:
-    """M, float32 [slow, slow], on the device; None for [[1]]."""
+    """M^T on the device, float32 [slow, slow and zeros up to a multiple of 8]; None for [[1]]."""
     if slow == 1:
         return None
     m, _ = hadamard_factors(n)
     with torch.inference_mode(False):
         matrix = torch.kron(paley_matrix(m), sylvester_matrix((slow // m).bit_length() - 1))
-        matrix = matrix.T if transpose else matrix
-        return matrix.to(torch.float32).contiguous().to(device)
+        matrix = matrix if transpose else matrix.T
+        padded = torch.zeros(slow, (slow + 7) // 8 * 8)
+        padded[:, :slow] = matrix
+        return padded.to(device)
 
 
 @triton.jit
-def butterflies(v: Any, ROWS: tl.constexpr, BITS: tl.constexpr) -> Any:
+def butterflies(v: tl.tensor, ROWS: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
     """v [ROWS, 2^BITS] times S.
 
     Each pass adds and subtracts neighbours and puts the sums before the differences. The index bit that was
@@ -90,20 +89,40 @@ def butterflies(v: Any, ROWS: tl.constexpr, BITS: tl.constexpr) -> Any:
 
 @triton.jit
 def _rotate_slow(
-    x: Any, signs: Any, slow: Any, SLOW: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr
-) -> Any:
-    """Rows ``slow`` [BLOCK] of M X, X [SLOW, 2^BITS] at x."""
+    x: tl.tensor,
+    signs: tl.tensor,
+    first: tl.tensor,
+    SLOW: tl.constexpr,
+    SLOW_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+) -> tl.tensor:
+    """Rows first, ..., first + BLOCK - 1 of M X, X [SLOW, 2^BITS] at x; signs as ``_signs`` makes them."""
     fast = tl.arange(0, 2**BITS)
-    total = tl.zeros([BLOCK, 2**BITS], tl.float32)
-    for j in tl.range(0, SLOW, loop_unroll_factor=4):
-        value = tl.load(x + j * (2**BITS) + fast).to(tl.float32)
-        sign = tl.load(signs + slow * SLOW + j, mask=slow < SLOW, other=0)
-        total += sign[:, None] * value[None, :]
+    width: tl.constexpr = (SLOW + 7) // 8 * 8
+    if BLOCK == 1:  # the whole row is asked for at once: what counts is to wait for memory once
+        j = tl.arange(0, SLOW_PADDED)
+        value = tl.load(x + j[:, None] * (2**BITS) + fast[None, :], mask=(j < SLOW)[:, None], other=0)
+        sign = tl.load(signs + j * width + first, mask=j < SLOW, other=0)
+        total = tl.sum(value.to(tl.float32) * sign[:, None], axis=0)[None, :]
+    else:
+        total = tl.zeros([BLOCK, 2**BITS], tl.float32)
+        for j in tl.range(0, SLOW, loop_unroll_factor=4):
+            value = tl.load(x + j * (2**BITS) + fast).to(tl.float32)
+            sign = tl.load(signs + j * width + first + tl.arange(0, BLOCK))
+            total += sign[:, None] * value[None, :]
     return total
 
 
 @triton.jit
-def _store(v: Any, y: Any, out_scale: Any, inside: Any, HALF_AWAY: tl.constexpr, WRAP: tl.constexpr) -> None:
+def _store(
+    v: tl.tensor,
+    y: tl.tensor,
+    out_scale: tl.tensor,
+    inside: tl.tensor,
+    HALF_AWAY: tl.constexpr,
+    WRAP: tl.constexpr,
+) -> None:
     """Codes of out_scale, or floats."""
     if out_scale is not None:
         tl.store(y, to_codes(tl.div_rn(v, tl.load(out_scale).to(tl.float32)), HALF_AWAY, WRAP), mask=inside)
@@ -113,14 +132,15 @@ def _store(v: Any, y: Any, out_scale: Any, inside: Any, HALF_AWAY: tl.constexpr,
 
 @triton.jit
 def _hadamard_kernel(
-    x: Any,
-    signs: Any,
-    y: Any,
-    out_scale: Any,
-    rows: Any,
-    x_stride: Any,
-    norm: Any,
+    x: tl.tensor,
+    signs: tl.tensor,
+    y: tl.tensor,
+    out_scale: tl.tensor,
+    rows: tl.tensor,
+    x_stride: tl.tensor,
+    norm: tl.tensor,
     SLOW: tl.constexpr,
+    SLOW_PADDED: tl.constexpr,
     SLOW_BLOCK: tl.constexpr,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -138,11 +158,11 @@ def _hadamard_kernel(
     else:
         blocks: tl.constexpr = (SLOW + SLOW_BLOCK - 1) // SLOW_BLOCK
         row = program // blocks
-        slow = (program % blocks).to(tl.int32) * SLOW_BLOCK + tl.arange(0, SLOW_BLOCK)
+        first = (program % blocks).to(tl.int32) * SLOW_BLOCK
+        slow = first + tl.arange(0, SLOW_BLOCK)
         inside = (slow < SLOW)[:, None]
-        v = butterflies(
-            _rotate_slow(x + row * x_stride, signs, slow, SLOW, SLOW_BLOCK, BITS), SLOW_BLOCK, BITS
-        )
+        v = _rotate_slow(x + row * x_stride, signs, first, SLOW, SLOW_PADDED, SLOW_BLOCK, BITS)
+        v = butterflies(v, SLOW_BLOCK, BITS)
         place = row * (SLOW * 2**BITS) + slow[:, None] * (2**BITS) + fast
     _store(v * norm, y + place, out_scale, inside, HALF_AWAY, WRAP)
 
@@ -187,6 +207,7 @@ def _rotate(
         flat.stride(0),
         n**-0.5,
         SLOW=split.slow,
+        SLOW_PADDED=triton.next_power_of_2(split.slow),
         SLOW_BLOCK=split.slow_block,
         BITS=split.fast_bits,
         ROWS=split.rows,
@@ -199,24 +220,25 @@ def _rotate(
 
 @triton.jit
 def _gated_kernel(
-    y: Any,
-    z: Any,
-    z_scale: Any,
-    weight: Any,
-    signs: Any,
-    normed: Any,
-    out: Any,
-    out_scale: Any,
-    y_stride: Any,
-    z_stride: Any,
-    eps: Any,
-    norm: Any,
+    y: tl.tensor,
+    z: tl.tensor,
+    z_scale: tl.tensor,
+    weight: tl.tensor,
+    signs: tl.tensor,
+    normed: tl.tensor,
+    out: tl.tensor,
+    out_scale: tl.tensor,
+    y_stride: tl.tensor,
+    z_stride: tl.tensor,
+    eps: tl.tensor,
+    norm: tl.tensor,
     Z_SCALES: tl.constexpr,
     NORM_FIRST: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
     SLOW: tl.constexpr,
+    SLOW_PADDED: tl.constexpr,
     SLOW_BLOCK: tl.constexpr,
     BITS: tl.constexpr,
     HALF_AWAY: tl.constexpr,
@@ -225,7 +247,8 @@ def _gated_kernel(
     blocks: tl.constexpr = (SLOW + SLOW_BLOCK - 1) // SLOW_BLOCK
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks
-    slow = (program % blocks).to(tl.int32) * SLOW_BLOCK + tl.arange(0, SLOW_BLOCK)
+    first = (program % blocks).to(tl.int32) * SLOW_BLOCK
+    slow = first + tl.arange(0, SLOW_BLOCK)
     y += row * y_stride
     z += row * z_stride
     offset = tl.arange(0, GROUP_BLOCK)[None, :]
@@ -247,7 +270,7 @@ def _gated_kernel(
         )
         v = tl.reshape(v, [1, 2**BITS])
     else:
-        # Each program of a row writes the whole of it. They write the same numbers, and each reads after its own.
+        # Each program of a row writes the whole of it: the same numbers, read after its own barrier.
         normed += row * (SLOW * 2**BITS)
         for group in range(GROUPS):
             column = group * GROUP_SIZE + offset
@@ -266,7 +289,7 @@ def _gated_kernel(
             )
             tl.store(normed + column, v, mask=present)
         tl.debug_barrier()
-        v = _rotate_slow(normed, signs, slow, SLOW, SLOW_BLOCK, BITS)
+        v = _rotate_slow(normed, signs, first, SLOW, SLOW_PADDED, SLOW_BLOCK, BITS)
     v = butterflies(v, SLOW_BLOCK, BITS) * norm
     place = row * (SLOW * 2**BITS) + slow[:, None] * (2**BITS) + tl.arange(0, 2**BITS)[None, :]
     _store(v, out + place, out_scale, (slow < SLOW)[:, None], HALF_AWAY, WRAP)
@@ -328,11 +351,12 @@ def gated_norm_hadamard_quantize(
         GROUP_SIZE=group_size,
         GROUP_BLOCK=group_block,
         SLOW=split.slow,
+        SLOW_PADDED=triton.next_power_of_2(split.slow),
         SLOW_BLOCK=split.slow_block,
         BITS=split.fast_bits,
         HALF_AWAY=rounding == "half_away",
         WRAP=overflow == "wrap",
-        num_warps=max(split.num_warps, _warps(group_block if split.slow > 1 else n)),
+        num_warps=max(split.num_warps, min(16, group_block // 256)),
     )
     return out
 

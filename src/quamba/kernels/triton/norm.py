@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -17,19 +15,19 @@ _MAX_COLUMNS = 32768
 
 @triton.jit
 def _add_norm_kernel(
-    x: Any,
-    x_scale: Any,
-    residual: Any,
-    weight: Any,
-    bias: Any,
-    y: Any,
-    out_scale: Any,
-    new_residual: Any,
-    rows: Any,
-    columns: Any,
-    x_stride: Any,
-    residual_stride: Any,
-    eps: Any,
+    x: tl.tensor,
+    x_scale: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    out_scale: tl.tensor,
+    new_residual: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    eps: tl.tensor,
     X_SCALES: tl.constexpr,
     CENTER: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -151,18 +149,18 @@ def _norm(
 
 @triton.jit
 def gate_and_norm(
-    y: Any,
-    z: Any,
-    z_scale: Any,
-    weight: Any,
-    column: Any,
-    present: Any,
-    inside: Any,
-    group_size: Any,
-    eps: Any,
+    y: tl.tensor,
+    z: tl.tensor,
+    z_scale: tl.tensor,
+    weight: tl.tensor,
+    column: tl.tensor,
+    present: tl.tensor,
+    inside: tl.tensor,
+    group_size: tl.tensor,
+    eps: tl.tensor,
     Z_SCALES: tl.constexpr,
     NORM_FIRST: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """The gated norm of a tile of whole groups, float32.
 
     y, z             pointers to each element; column its channel, a row vector; present: below the last
@@ -189,17 +187,17 @@ def gate_and_norm(
 
 @triton.jit
 def _gated_norm_kernel(
-    y: Any,
-    z: Any,
-    z_scale: Any,
-    weight: Any,
-    out: Any,
-    rows: Any,
-    columns: Any,
-    group_size: Any,
-    y_stride: Any,
-    z_stride: Any,
-    eps: Any,
+    y: tl.tensor,
+    z: tl.tensor,
+    z_scale: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    group_size: tl.tensor,
+    y_stride: tl.tensor,
+    z_stride: tl.tensor,
+    eps: tl.tensor,
     Z_SCALES: tl.constexpr,
     NORM_FIRST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -38,8 +37,8 @@ def flat_tile(rows: int, columns: int) -> Tile:
 
 
 @triton.jit
-def to_codes(quotient: Any, HALF_AWAY: tl.constexpr, WRAP: tl.constexpr) -> Any:
-    """int8 of value / scale, float32: rounded, then saturated or the low 8 bits (``Rounding``, ``Overflow``)."""
+def to_codes(quotient: tl.tensor, HALF_AWAY: tl.constexpr, WRAP: tl.constexpr) -> tl.tensor:
+    """int8 of a float32 quotient: rounded, then saturated or the low 8 bits (``Rounding``, ``Overflow``)."""
     if WRAP:
         size = tl.abs(quotient)
         whole = tl.floor(size)
@@ -50,7 +49,7 @@ def to_codes(quotient: Any, HALF_AWAY: tl.constexpr, WRAP: tl.constexpr) -> Any:
             up = (rest > 0.5) | ((rest == 0.5) & (whole != 2 * tl.floor(whole * 0.5)))
         whole += up.to(tl.float32)
         signed = tl.where(quotient < 0, -whole, whole)
-        # 2147483520 is the largest float32 below 2^31; what lies above counts as 2^31 - 1, whose low byte is -1.
+        # 2147483520 is the largest float32 below 2^31. Above it counts as 2^31 - 1, whose low byte is -1.
         inside = tl.minimum(tl.maximum(signed, -2147483648.0), 2147483520.0).to(tl.int32)
         return tl.where(signed >= 2147483648.0, -1, inside).to(tl.int8)
     value = tl.minimum(tl.maximum(quotient, -128.0), 127.0)
@@ -63,21 +62,21 @@ def to_codes(quotient: Any, HALF_AWAY: tl.constexpr, WRAP: tl.constexpr) -> Any:
 
 
 @triton.jit
-def silu(x: Any) -> Any:
+def silu(x: tl.tensor) -> tl.tensor:
     return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def _quantize_kernel(
-    x: Any,
-    scale: Any,
-    y: Any,
-    rows: Any,
-    columns: Any,
-    x_stride: Any,
-    scale_row_stride: Any,
-    scale_column_stride: Any,
-    column_blocks: Any,
+    x: tl.tensor,
+    scale: tl.tensor,
+    y: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    x_stride: tl.tensor,
+    scale_row_stride: tl.tensor,
+    scale_column_stride: tl.tensor,
+    column_blocks: tl.tensor,
     ONE_SCALE: tl.constexpr,
     HALF_AWAY: tl.constexpr,
     WRAP: tl.constexpr,
@@ -101,7 +100,7 @@ def _quantize_kernel(
 def quantize(
     x: Tensor, scale: Tensor, *, rounding: Rounding = "half_even", overflow: Overflow = "saturate"
 ) -> Tensor:
-    """``reference.quantize.quantize``; the quotient is float32 for every x. x float16, bfloat16 or float32."""
+    """``reference.quantize.quantize`` of float16, bfloat16 or float32; the quotient is always float32."""
     y = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     if x.numel() == 0:
         return y
