@@ -53,9 +53,11 @@ class StepLaunch:
 
 
 def step_launch(batch: int, d_inner: int, d_state: int) -> StepLaunch:
-    """512 elements of the state a program; more sequences a program once there are enough programs."""
-    channels = max(1, 512 // triton.next_power_of_2(d_state))
-    programs = triton.cdiv(d_inner, channels) * batch
+    """512 elements of the state a program, fewer or of more sequences as there are programs to fill the GPU."""
+    channels = max(4, 512 // triton.next_power_of_2(d_state))
+    while channels > 4 and batch * triton.cdiv(d_inner, channels) < PROCESSORS:
+        channels //= 2
+    programs = batch * triton.cdiv(d_inner, channels)
     rows = max(1, min(4, triton.next_power_of_2(programs // (16 * PROCESSORS) + 1) // 2))
     return StepLaunch(channels=channels, rows=rows, num_warps=1 if rows > 1 else 2)
 
