@@ -12,13 +12,22 @@ from torch import Tensor
 from quamba.formats.activation import Activation, Quantized, Rounding
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.reference import conv as reference
+from quamba.kernels.triton import conv
 from quamba.kernels.triton.conv import causal_conv1d
+from quamba.kernels.triton.quantize import Tile
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
-LENGTHS = [1, 2, 3, 33]
+LENGTHS = [1, 2, 3, 65 if torch.cuda.is_available() else 9]
 CHANNELS = 150
 BATCH = 2
+
+
+@pytest.fixture
+def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the slow interpreter a few tokens are enough for several programs a sequence."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(conv, "conv_tile", lambda length, channels: Tile(4 if length > 1 else 1, 128, 1))
 
 
 def left_mask(length: int) -> Tensor:
@@ -80,6 +89,7 @@ def check(
         assert_codes(codes.cpu(), wanted / out_scale.double(), slack=2e-4)
 
 
+@pytest.mark.usefixtures("short_tiles")
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize(
@@ -97,8 +107,9 @@ def test_integers(
     check(x, quantized_weight(width, granularity), bias, state, mask, device)
 
 
-@pytest.mark.parametrize("length", [1, 2, 33])
-@pytest.mark.parametrize("width", [1, 4, 6])
+@pytest.mark.usefixtures("short_tiles")
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("width", [1, 3, 4])
 @pytest.mark.parametrize("masked", [False, True])
 def test_floats(length: int, width: int, masked: bool, device: torch.device) -> None:
     x, state = torch.randn(BATCH, length, CHANNELS), torch.randn(BATCH, width - 1, CHANNELS)
@@ -106,8 +117,9 @@ def test_floats(length: int, width: int, masked: bool, device: torch.device) -> 
     check(x, torch.randn(CHANNELS, width), torch.randn(CHANNELS) if masked else None, state, mask, device)
 
 
+@pytest.mark.usefixtures("short_tiles")
 @pytest.mark.parametrize("mixture", ["float x", "float weight", "4 bits", "float16 scales"])
-@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("length", [1, LENGTHS[-1]])
 def test_mixtures(mixture: str, length: int, device: torch.device) -> None:
     codes = Quantized(random_codes(BATCH, length, CHANNELS), torch.rand(CHANNELS) * 0.05)
     weight: Any = quantized_weight(4, "channel", 4 if mixture == "4 bits" else 8)
@@ -193,6 +205,8 @@ def test_refusals(device: torch.device) -> None:
         causal_conv1d(x, weight, None, state=torch.zeros(1, 3, 6, device=device).half())
     with pytest.raises(ValueError, match=r"state has shape \[1, 4, 6\], expected \[1, 3, 6\]"):
         causal_conv1d(x, weight, None, state=torch.zeros(1, 4, 6, device=device))
+    with pytest.raises(ValueError, match="weight has 5 taps, expected at most 4"):
+        causal_conv1d(x, torch.randn(6, 5, device=device), None)
     with pytest.raises(ValueError, match=r"mask is torch.int64"):
         causal_conv1d(x, weight, None, mask=torch.ones(1, 4, dtype=torch.int64, device=device))
     with pytest.raises(ValueError, match="two_level"):

@@ -104,12 +104,6 @@ def test_codes(n: int, dtype: torch.dtype, device: torch.device) -> None:
     assert_codes(given, exact(x) / scale.double(), slack=1e-4)
 
 
-def test_codes_of_the_transpose(device: torch.device) -> None:
-    x, scale = torch.randn(2, 20), torch.tensor(0.03)
-    given = hadamard_quantize(x.to(device), scale.to(device), transpose=True).cpu()
-    assert_codes(given, exact(x, transpose=True) / scale.double(), slack=1e-4)
-
-
 @pytest.mark.usefixtures("split")
 def test_strided_rows(device: torch.device) -> None:
     x = torch.randn(2, 3, 200)

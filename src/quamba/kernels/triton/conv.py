@@ -11,12 +11,77 @@ from quamba.formats.activation import Activation, Quantized, Rounding
 from quamba.formats.weight import QuantizedWeight
 from quamba.kernels.triton.quantize import Tile, check_dtype, check_last_stride, check_scale, silu, to_codes
 
+_MAX_WIDTH = 4
 
-def conv_tile(length: int, channels: int, width: int) -> Tile:
-    """Rows are tokens. A tile has at least the tokens that reach back before its sequence, width - 1."""
-    columns = min(128, triton.next_power_of_2(channels))
-    tokens = min(triton.next_power_of_2(length), max(32, triton.next_power_of_2(width)))
-    return Tile(tokens, columns, max(1, min(4, tokens * columns // 256)))
+
+def conv_tile(length: int, channels: int) -> Tile:
+    """Rows are tokens, which a program takes one after another, so that it reads and unpacks each once."""
+    if length == 1:
+        return Tile(1, min(128, triton.next_power_of_2(channels)), 1)
+    columns = min(256, triton.next_power_of_2(channels))
+    return Tile(min(32, triton.next_power_of_2(length)), columns, max(1, columns // 128))
+
+
+@triton.jit
+def _input(
+    x: tl.tensor,
+    mask: tl.tensor,
+    token: tl.tensor,
+    length: tl.tensor,
+    x_stride: tl.tensor,
+    mask_stride: tl.tensor,
+    channel: tl.tensor,
+    real: tl.tensor,
+) -> tl.tensor:
+    """One token's inputs; zeros where it is masked or outside the sequence."""
+    inside = (token >= 0) & (token < length)
+    place = token.to(tl.int64)
+    if mask is not None:
+        inside = inside & (tl.load(mask + place * mask_stride, mask=inside, other=0) != 0)
+    return tl.load(x + place * x_stride + channel, mask=real & inside, other=0)
+
+
+@triton.jit
+def _before(
+    x: tl.tensor,
+    state: tl.tensor,
+    mask: tl.tensor,
+    token: tl.tensor,
+    length: tl.tensor,
+    x_stride: tl.tensor,
+    state_stride: tl.tensor,
+    mask_stride: tl.tensor,
+    channel: tl.tensor,
+    real: tl.tensor,
+    WIDTH: tl.constexpr,
+    dtype: tl.constexpr,
+) -> tl.tensor:
+    """As ``_input``, but tokens before the first are in the state."""
+    value = _input(x, mask, token, length, x_stride, mask_stride, channel, real).to(dtype)
+    if state is not None:  # one of the two is zero
+        row = token + (WIDTH - 1)
+        stored = real & (token < 0) & (row >= 0)
+        value += tl.load(state + row.to(tl.int64) * state_stride + channel, mask=stored, other=0).to(dtype)
+    return value
+
+
+@triton.jit
+def _factor(
+    weight: tl.tensor,
+    step: tl.tensor,
+    tap: tl.constexpr,
+    weight_stride: tl.tensor,
+    channel: tl.tensor,
+    real: tl.tensor,
+    dtype: tl.constexpr,
+) -> tl.tensor:
+    """The weights of one tap, times step if the sum is of floats; zeros for the taps of wider kernels."""
+    if tap < 0:
+        return tl.zeros(channel.shape, dtype)
+    value = tl.load(weight + channel.to(tl.int64) * weight_stride + tap, mask=real, other=0).to(dtype)
+    if dtype == tl.float32 and step is not None:
+        value *= step
+    return value
 
 
 @triton.jit
@@ -51,74 +116,69 @@ def _conv_kernel(
     BLOCK_CHANNELS: tl.constexpr,
 ) -> None:
     INTEGER: tl.constexpr = (x.dtype.element_ty == tl.int8) and (weight.dtype.element_ty == tl.int8)
+    dtype: tl.constexpr = tl.int32 if INTEGER else tl.float32
     program = tl.program_id(0)
     block = program // channel_blocks % length_blocks
     batch = (program // channel_blocks // length_blocks).to(tl.int64)
     channel = program % channel_blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     real = channel < channels
-    token = block * BLOCK_LENGTH + tl.arange(0, BLOCK_LENGTH)
     x += batch * x_batch_stride
+    y += batch * length * channels
     if mask is not None:
         mask += batch * mask_batch_stride
     if state is not None:
         state += batch * state_batch_stride
-    # Only the first block of a sequence reaches back into the state, and it reads that before it writes it.
-    total = tl.zeros([BLOCK_LENGTH, BLOCK_CHANNELS], tl.int32 if INTEGER else tl.float32)
-    for tap in tl.static_range(WIDTH):
-        place = token + (tap - WIDTH + 1)
-        inside = (place >= 0) & (place < length)
-        if mask is not None:
-            inside &= tl.load(mask + place.to(tl.int64) * mask_stride, mask=inside, other=0) != 0
-        value = tl.load(
-            x + place.to(tl.int64)[:, None] * x_stride + channel[None, :],
-            mask=inside[:, None] & real[None, :],
-            other=0,
-        ).to(total.dtype)
-        if state is not None and tap < WIDTH - 1:  # noqa: SIM102 (constants apart from what is known later)
-            if block == 0:  # a place is inside x or the state, and the other gives 0
-                value += tl.load(
-                    state + (place + WIDTH - 1).to(tl.int64)[:, None] * state_stride + channel[None, :],
-                    mask=(place < 0)[:, None] & real[None, :],
-                    other=0,
-                ).to(total.dtype)
-        factor = tl.load(weight + channel.to(tl.int64) * weight_stride + tap, mask=real, other=0)
-        if not INTEGER and weight_scale is not None:
-            step = tl.load(weight_scale + channel * weight_scale_stride, mask=real, other=0)
-            factor = factor.to(tl.float32) * step.to(tl.float32)
-        total += value * factor.to(total.dtype)[None, :]
-    result = total.to(tl.float32)
-    # Scales, bias and SiLU.
+    # What multiplies the sums: scales of weights (in the factors if the sums are of floats) and inputs.
+    scale = tl.full([BLOCK_CHANNELS], 1.0, tl.float32)
+    step = None
+    if weight_scale is not None:
+        step = tl.load(weight_scale + channel * weight_scale_stride, mask=real, other=0).to(tl.float32)
+        if INTEGER:
+            scale = step
     if x_scale is not None:
         if X_SCALES:
-            step = tl.load(x_scale + channel, mask=real, other=0).to(tl.float32)
+            scale *= tl.load(x_scale + channel, mask=real, other=0).to(tl.float32)
         else:
-            step = tl.load(x_scale).to(tl.float32) + tl.zeros([BLOCK_CHANNELS], tl.float32)
-        if INTEGER:
-            step *= tl.load(weight_scale + channel * weight_scale_stride, mask=real, other=0).to(tl.float32)
-        result *= step[None, :]
+            scale *= tl.load(x_scale).to(tl.float32)
+    shift = tl.zeros([BLOCK_CHANNELS], tl.float32)
     if bias is not None:
-        result += tl.load(bias + channel, mask=real, other=0).to(tl.float32)[None, :]
-    result = silu(result)
-    present = token < length
-    if mask is not None:
-        kept = tl.load(mask + token.to(tl.int64) * mask_stride, mask=present, other=0) != 0
-        result = tl.where(kept[:, None], result, 0.0)
-    inside = present[:, None] & real[None, :]
-    y += (batch * length + token)[:, None] * channels + channel[None, :]
-    if out_scale is not None:
-        # One division a channel: SiLU is not exact to the last bit either.
+        shift = tl.load(bias + channel, mask=real, other=0).to(tl.float32)
+    inverse = tl.full([BLOCK_CHANNELS], 1.0, tl.float32)
+    if out_scale is not None:  # one division a channel: SiLU is not exact to the last bit either
         if OUT_SCALES:
-            inverse = tl.div_rn(1.0, tl.load(out_scale + channel, mask=real, other=1).to(tl.float32))[None, :]
+            inverse = tl.div_rn(inverse, tl.load(out_scale + channel, mask=real, other=1).to(tl.float32))
         else:
-            inverse = tl.div_rn(1.0, tl.load(out_scale).to(tl.float32))
-        tl.store(y, to_codes(result * inverse, HALF_AWAY, False), mask=inside)
-    else:
-        tl.store(y, result.to(y.dtype.element_ty), mask=inside)
-    if state is not None:  # noqa: SIM102
+            inverse = tl.div_rn(inverse, tl.load(out_scale).to(tl.float32) + tl.zeros_like(inverse))
+    factor_0 = _factor(weight, step, WIDTH - 4, weight_stride, channel, real, dtype)
+    factor_1 = _factor(weight, step, WIDTH - 3, weight_stride, channel, real, dtype)
+    factor_2 = _factor(weight, step, WIDTH - 2, weight_stride, channel, real, dtype)
+    factor_3 = _factor(weight, step, WIDTH - 1, weight_stride, channel, real, dtype)
+    first = block * BLOCK_LENGTH
+    strides = (x_stride, state_stride, mask_stride)
+    back_3 = _before(x, state, mask, first - 3, length, *strides, channel, real, WIDTH, dtype)
+    back_2 = _before(x, state, mask, first - 2, length, *strides, channel, real, WIDTH, dtype)
+    back_1 = _before(x, state, mask, first - 1, length, *strides, channel, real, WIDTH, dtype)
+    for i in tl.range(0, BLOCK_LENGTH, loop_unroll_factor=min(BLOCK_LENGTH, 8)):
+        token = first + i
+        now = _input(x, mask, token, length, x_stride, mask_stride, channel, real).to(dtype)
+        total = back_3 * factor_0 + back_2 * factor_1 + back_1 * factor_2 + now * factor_3
+        result = silu(total.to(tl.float32) * scale + shift)
+        if mask is not None:
+            kept = tl.load(mask + token.to(tl.int64) * mask_stride, mask=token < length, other=0) != 0
+            result = tl.where(kept, result, 0.0)
+        place = y + token.to(tl.int64) * channels + channel
+        if out_scale is not None:
+            codes = to_codes(result * inverse, HALF_AWAY, False)
+            tl.store(place, codes, mask=real & (token < length))
+        else:
+            tl.store(place, result.to(y.dtype.element_ty), mask=real & (token < length))
+        back_3 = back_2
+        back_2 = back_1
+        back_1 = now
+    # Only the first block of a sequence reads the state, and it is the one that writes it.
+    if state is not None:  # noqa: SIM102 (a constant, and what only the device knows)
         if block == 0:
-            _write_state(
-                x, state, mask, length, x_stride, state_stride, mask_stride, channel, real, WIDTH, STATE_ROWS
-            )
+            _write_state(x, state, mask, length, *strides, channel, real, WIDTH, STATE_ROWS)
 
 
 @triton.jit
@@ -172,7 +232,7 @@ def causal_conv1d(
     out_dtype: torch.dtype = torch.float32,
     rounding: Rounding = "half_even",
 ) -> Tensor:
-    """``reference.conv.causal_conv1d`` in one launch; integer sums in int32, all else in float32."""
+    """``reference.conv.causal_conv1d`` of up to 4 taps, in one launch; sums in int32 or float32."""
     values, x_scale = (x.codes, x.scale) if isinstance(x, Quantized) else (x, None)
     batch, length, channels = values.shape
     taps, weight_scale = _taps(weight)
@@ -187,7 +247,7 @@ def causal_conv1d(
     if width == 1:
         state = None
     flags = None if mask is None else mask.view(torch.uint8)
-    tile = conv_tile(length, channels, width)
+    tile = conv_tile(length, channels)
     length_blocks, channel_blocks = triton.cdiv(length, tile.rows), triton.cdiv(channels, tile.columns)
     _conv_kernel[(batch * length_blocks * channel_blocks,)](
         values,
@@ -239,6 +299,8 @@ def _taps(weight: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None]:
 def _check(x: Tensor, bias: Tensor | None, state: Tensor | None, mask: Tensor | None, width: int) -> None:
     check_dtype("x", x)
     check_last_stride("x", x)
+    if width > _MAX_WIDTH:
+        raise ValueError(f"weight has {width} taps, expected at most {_MAX_WIDTH}.")
     if bias is not None:
         check_dtype("bias", bias)
         check_last_stride("bias", bias)

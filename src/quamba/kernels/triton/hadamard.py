@@ -125,7 +125,9 @@ def _store(
 ) -> None:
     """Codes of out_scale, or floats."""
     if out_scale is not None:
-        tl.store(y, to_codes(tl.div_rn(v, tl.load(out_scale).to(tl.float32)), HALF_AWAY, WRAP), mask=inside)
+        # A division an element would cost as much as the rotation; the sums are not exact to the last bit.
+        inverse = tl.div_rn(1.0, tl.load(out_scale).to(tl.float32))
+        tl.store(y, to_codes(v * inverse, HALF_AWAY, WRAP), mask=inside)
     else:
         tl.store(y, v.to(y.dtype.element_ty), mask=inside)
 
@@ -179,13 +181,12 @@ def hadamard_quantize(
     *,
     rounding: Rounding = "half_even",
     overflow: Overflow = "saturate",
-    transpose: bool = False,
 ) -> Tensor:
-    """``quantize(hadamard(x.float()), scale)`` with nothing between them in memory: int8, scale ()."""
+    """``reference.hadamard.hadamard_quantize`` in one launch, with nothing between the two in memory."""
     _check_input(x)
     check_one_scale(scale)
     y = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    return _rotate(x, scale, y, transpose, rounding == "half_away", overflow == "wrap")
+    return _rotate(x, scale, y, False, rounding == "half_away", overflow == "wrap")
 
 
 def _rotate(
