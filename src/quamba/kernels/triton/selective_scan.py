@@ -37,12 +37,14 @@ class ScanLaunch:
 
 
 def scan_launch(batch: int, length: int, d_inner: int) -> ScanLaunch:
-    """A warp per 32 channels. Segments cost a second pass over most of the work, so only to fill the GPU."""
-    warps = batch * triton.cdiv(d_inner, 32)
-    segments = 1
-    if warps < 4 * PROCESSORS:
-        segments = max(1, min(triton.cdiv(20 * PROCESSORS, max(1, warps)), 32, length // 32))
-    return ScanLaunch(channels=32, segments=segments, num_warps=1)
+    """Two channels a thread share the reading of B and C. Eight such warps fit a multiprocessor.
+
+    Segments cost a second pass over most of the work: three or more of them win, where fewer programs would
+    leave processors idle.
+    """
+    channels = 64
+    segments = min(8 * PROCESSORS // max(1, batch * triton.cdiv(d_inner, channels)), 32, length // 32)
+    return ScanLaunch(channels=channels, segments=segments if segments >= 3 else 1, num_warps=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class StepLaunch:
 
 
 def step_launch(batch: int, d_inner: int, d_state: int) -> StepLaunch:
-    """512 elements of the state a program, fewer or of more sequences as there are programs to fill the GPU."""
+    """512 elements of the state a program; fewer, or those of more sequences, as the GPU fills."""
     channels = max(4, 512 // triton.next_power_of_2(d_state))
     while channels > 4 and batch * triton.cdiv(d_inner, channels) < PROCESSORS:
         channels //= 2

@@ -246,11 +246,18 @@ def _head_arguments(
 
 
 @triton.jit
+def _upper_half(v: tl.tensor) -> tl.tensor:
+    """v rounded to the 8 significant bits that bfloat16 has; what is left is exact in float32.
+
+    By integers: conversions to bfloat16 and back, where both are used, are several times slower.
+    """
+    return ((v.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _narrow(v: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
     """v rounded to bfloat16. The interpreter cannot multiply those; it takes the same values as float32."""
-    if INTERPRETED:
-        return ((v.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)
-    return v.to(tl.bfloat16)
+    return _upper_half(v) if INTERPRETED else v.to(tl.bfloat16)
 
 
 @triton.jit
@@ -272,14 +279,16 @@ def _product(
 ) -> tl.tensor:
     """a @ b summed in float32 (see ``Precision``); a and b are factors (``_factor``)."""
     if PRECISION == "split":
-        a_wide = a if A_EXACT else _narrow(a, INTERPRETED)
-        b_wide = b if B_EXACT else _narrow(b, INTERPRETED)
+        a_high = a if A_EXACT else _upper_half(a)
+        b_high = b if B_EXACT else _upper_half(b)
+        a_wide = a if A_EXACT else _narrow(a_high, INTERPRETED)
+        b_wide = b if B_EXACT else _narrow(b_high, INTERPRETED)
         total = tl.dot(a_wide, b_wide, input_precision="ieee")
         if not A_EXACT:
-            a_rest = _narrow(a - a_wide.to(tl.float32), INTERPRETED)
+            a_rest = _narrow(a - a_high, INTERPRETED)
             total = tl.dot(a_rest, b_wide, total, input_precision="ieee")
         if not B_EXACT:
-            b_rest = _narrow(b - b_wide.to(tl.float32), INTERPRETED)
+            b_rest = _narrow(b - b_high, INTERPRETED)
             total = tl.dot(a_wide, b_rest, total, input_precision="ieee")
     else:
         total = tl.dot(a, b, input_precision=PRECISION)
