@@ -271,6 +271,7 @@ def test_what_the_kernels_do_not_read_is_refused_by_name(device: torch.device) -
     for name in INPUTS:
         assert refused(name, {**args, name: args[name].double()}, state)
         assert refused(name, {**args, name: torch.stack([args[name]] * 2, dim=-1)[..., 0]}, state)
+        assert refused(name, {**args, name: args[name].clone().requires_grad_()}, state)
         wrong = Quantized(args[name].to(torch.int8), torch.ones(3, device=device))
         assert refused(name, {**args, name: wrong}, state)
     for name in ("A", "D", "dt_bias"):

@@ -338,6 +338,7 @@ def test_what_the_kernels_do_not_read_is_refused_by_name(device: torch.device) -
         assert refused(name, {**args, name: args[name].double()}, state)
         spread = torch.stack([args[name]] * 2, dim=-1)[..., 0]
         assert refused(name, {**args, name: spread}, state)
+        assert refused(name, {**args, name: args[name].clone().requires_grad_()}, state)
         wrong = Quantized(args[name].to(torch.int8), torch.ones(3, device=device))
         assert refused(name, {**args, name: wrong}, state)
     for name in ("A", "D", "dt_bias"):
