@@ -64,7 +64,7 @@ def step_launch(batch: int, d_inner: int, d_state: int) -> StepLaunch:
     return StepLaunch(channels=channels, rows=rows, num_warps=1 if rows > 1 else 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _step_kernel(
     u: tl.tensor,
     u_scale: tl.tensor,
@@ -226,7 +226,8 @@ def _strides(arguments: dict[str, Any], dims: str) -> dict[str, int]:
 # Triton gives a tensor the layout in which its load is contiguous. A and the state are contiguous along N,
 # but here a thread should hold all N of a channel, as the sum over N then needs no other threads. Strides
 # that the compiler knows nothing of make it lay threads along the first dimension, the channels.
-@triton.jit(do_not_specialize=["across_d", "across_n"])
+# Without knowledge of the lengths, prompts of all lengths share one compilation.
+@triton.jit(do_not_specialize=["across_d", "across_n", "length", "segment", "parts", "mask_b"])
 def _scan_kernel(
     u: tl.tensor,
     u_scale: tl.tensor,

@@ -309,7 +309,8 @@ def _decays(log2_decay: tl.tensor) -> tl.tensor:
     return coarse, limited - coarse
 
 
-@triton.jit
+# One compilation for prompts of all lengths.
+@triton.jit(do_not_specialize=["length", "segment", "parts", "mask_b"])
 def _scan_kernel(
     x: tl.tensor,
     x_scale: tl.tensor,
@@ -544,8 +545,8 @@ def ssd_scan(
 
     chunk_size   of the model: the result does not depend on it, the kernel takes what suits the GPU
     state_group  (H * P,) int32 or None: with it, state_scale is (K, N) or (K, 1), one row a group of channels
-    precision    of the matrix products; everything else is float32. By "split" y errs by about 1e-5 of its
-                 root mean square, by "tf32" by 1e-3, by "ieee" as the reference in float32 does
+    precision    of the matrix products; everything else is float32. Relative to the root mean square of y,
+                 "split" errs by less than 1e-5 (root mean square), "ieee" as the float32 reference does
     ValueError for float64, and for strides that the kernels do not read.
     """
     arguments, modes = _inputs(x, dt, B, C)
