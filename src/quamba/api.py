@@ -21,6 +21,7 @@ from quamba.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from quamba.checkpoints.upstream import write_state_spaces
 from quamba.checkpoints.zoo.write import write_zoo
 from quamba.errors import QuambaError, nearest
+from quamba.kernels.registry import choose_kernels
 from quamba.models.cache import MambaCache
 from quamba.models.config import ModelConfig
 from quamba.models.lm import MambaLM
@@ -94,6 +95,7 @@ class Model:
         seed: int | None = ...,
         stop: str | Sequence[str] = ...,
         stream: Literal[False] = ...,
+        cuda_graph: bool | None = ...,
     ) -> list[Generation]: ...
 
     @overload
@@ -106,6 +108,7 @@ class Model:
         seed: int | None = ...,
         stop: str | Sequence[str] = ...,
         stream: Literal[True],
+        cuda_graph: bool | None = ...,
     ) -> Iterator[Tensor]: ...
 
     def generate(
@@ -117,6 +120,7 @@ class Model:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         stream: bool = False,
+        cuda_graph: bool | None = None,
     ) -> list[Generation] | Iterator[Tensor]:
         """Continue one prompt or a batch, greedily unless ``sampling`` is given (``runtime/generate.py``).
 
@@ -124,6 +128,7 @@ class Model:
         max_new_tokens  not counting the prompt; a sequence ends earlier at an end-of-text token or stop text
         seed            None: one from torch's global generator
         stop            texts that end a sequence, or one such text
+        cuda_graph      replay the step of a token as a CUDA graph; None: on a GPU with its own kernels
         stream          yield the new ids (B,) int64 one step at a time, -1 for sequences that have ended;
                         ``runtime.stream_text.stream_text`` makes text of them
         """
@@ -137,6 +142,7 @@ class Model:
             sampling=sampling,
             seed=seed,
             stop=stop,
+            cuda_graph=cuda_graph,
         )
         return run.stream() if stream else run.collect()
 
@@ -148,16 +154,21 @@ class Model:
 
 
 def load(
-    path_or_id: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path_or_id: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> Model:
     """A float checkpoint (state-spaces or Hugging Face format) or a quantized one, ours or published.
 
     device  "cpu", "cuda", "cuda:1", ..., or "auto" for CUDA where there is one
     dtype   of floats between leaves, and of a float model's projections; None: float16 on a GPU; on a CPU
             float32, or what the model was saved in if it is quantized with int8 activations
+    backend  "auto", "reference" or "triton" (``kernels/registry.py``): the kernels it runs on, chosen once
     Raises QuambaError in one sentence for anything missing, truncated, newer or unknown.
     """
     target = choose_device(device)
+    kernels = choose_kernels(target, backend)
     folder = resolve_source(path_or_id)
     usual = torch.float16 if target.type == "cuda" else torch.float32
     if stored_format(folder) is not None:
@@ -170,7 +181,7 @@ def load(
         checkpoint = read_float(folder)
         network = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors)
         model = Model(network, None, str(path_or_id))
-    model.network.set_compute_dtype(dtype or usual).to(target)
+    model.network.set_compute_dtype(dtype or usual).to(target).use_kernels(kernels)
     _add_tokenizer(model, folder, str(path_or_id))
     return model
 
@@ -235,7 +246,7 @@ def quantize(
         recipe = load_recipe(recipe)
     texts = _calibration_set(model, recipe, calibration)
     network, plan, report = quantize_model(model.network, recipe, texts, progress)
-    network.set_compute_dtype(model.network.lm_head.compute_dtype)
+    network.set_compute_dtype(model.network.lm_head.compute_dtype).use_kernels(model.network.kernels)
     return dataclasses.replace(model, network=network, plan=plan, report=report), report
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quamba.kernels.reference.state import read_state, write_state
+from quamba.kernels.reference.state import read_state, spread_scale, write_state
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -44,3 +44,13 @@ def test_writing_is_in_place() -> None:
     address = state.data_ptr()
     write_state(state, torch.ones(2, 2), None)
     assert state.data_ptr() == address
+
+
+def test_scales_of_groups_are_spread_over_the_channels() -> None:
+    table = torch.tensor([[0.5, 1.0], [2.0, 4.0]])
+    assert spread_scale(None, None, (4, 3)) is None
+    assert spread_scale(table, None, (4, 3)) is table
+    spread = spread_scale(table, torch.tensor([0, 1] * 6, dtype=torch.int32), (4, 3))
+    assert spread is not None and spread.shape == (4, 3, 2)
+    assert spread.view(12, 2)[::2].unique(dim=0).tolist() == [[0.5, 1.0]]
+    assert spread.view(12, 2)[1::2].unique(dim=0).tolist() == [[2.0, 4.0]]

@@ -50,19 +50,6 @@ def test_states_of_float64_models_stay_float64() -> None:
     assert leaf.new_state(1, "cpu").dtype == torch.float64
 
 
-def test_scales_of_groups_are_spread_over_the_channels() -> None:
-    leaf = ssd()
-    assert leaf.scale_like_state() is None
-    leaf.state_scale = torch.tensor([[0.5, 1.0]])
-    assert leaf.scale_like_state() is leaf.state_scale
-    leaf.state_scale = torch.tensor([[0.5, 1.0], [2.0, 4.0]])
-    leaf.state_group = torch.tensor([0, 1] * 6, dtype=torch.int32)
-    spread = leaf.scale_like_state()
-    assert spread.shape == (4, 3, 2)
-    assert spread.view(12, 2)[::2].unique(dim=0).tolist() == [[0.5, 1.0]]
-    assert spread.view(12, 2)[1::2].unique(dim=0).tolist() == [[2.0, 4.0]]
-
-
 @pytest.mark.parametrize(("asked", "dtype"), [(None, torch.float16), (torch.int8, torch.int8)])
 def test_conv_windows(asked: torch.dtype | None, dtype: torch.dtype) -> None:
     leaf = CausalConv1d(6, 4, bias=False)

@@ -101,7 +101,12 @@ def _begin(argument: str, flags: QuantizeFlags, options: dict[str, Any]) -> Conv
         find_template(template)  # refused now rather than after a quantization
     with TqdmProgress(options["verbose"]) as progress:
         model = obtain(
-            argument, flags, device=options["device"], seed=options["seed"], progress=progress
+            argument,
+            flags,
+            device=options["device"],
+            backend=options["backend"],
+            seed=options["seed"],
+            progress=progress,
         ).model
     tokenizer = model.require_tokenizer()
     if template is None and tokenizer.chat_template is None:

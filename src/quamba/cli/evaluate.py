@@ -49,7 +49,7 @@ def command(ctx: click.Context, model: str, as_json: bool, verbose: bool, **opti
     choose_device(options["device"])
     source = find_model(model, options["pretrained_dir"])
     texts = load_texts(options["ppl_dataset"])
-    loaded = load(source, options["device"])
+    loaded = load(source, options["device"], backend=options["backend"])
     if not options["allow_leak"]:
         refuse_leak(calibration_source(loaded), texts)
     sizes = {name: options[name] for name in ("seqlen", "batch_size", "max_windows")}

@@ -23,6 +23,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 HYBRID_LABELS = ("W4A8", "W4A16", "W8A8", "FP16")
 STATE_DTYPES = ("int8", "fp16", "fp32")
+BACKENDS = ("auto", "reference", "triton")
 #: One state for all that is random; the published scripts fix the same.
 SEED = 1234
 
@@ -154,12 +155,29 @@ def state_option() -> Callable[[_Function], _Function]:
 
 
 def device_option() -> Callable[[_Function], _Function]:
-    return click.option(
+    """--device, and --backend with it."""
+    device = click.option(
         "--device",
         default="auto",
         show_default=True,
         metavar="auto|cpu|cuda",
         help="auto: CUDA where there is one.",
+    )
+    backend = click.option(
+        "--backend",
+        type=NearestChoice(BACKENDS),
+        default="auto",
+        show_default=True,
+        help="Kernels; auto: Triton on a GPU, the PyTorch reference elsewhere.",
+    )
+    return lambda function: device(backend(function))
+
+
+def graph_option() -> Callable[[_Function], _Function]:
+    return click.option(
+        "--cache_graph/--no_cache_graph",
+        default=None,
+        help="Replay decoding as a CUDA graph. Default: on a GPU with Triton.",
     )
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from quamba.cli.console import Command, TqdmProgress, say
-from quamba.cli.flags import QuantizeFlags, device_option, quantize_flags, seed_option
+from quamba.cli.flags import QuantizeFlags, device_option, graph_option, quantize_flags, seed_option
 from quamba.errors import QuambaError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from quamba.api import Model
-    from quamba.runtime.sampling import SamplingParams
 
 DEFAULT_PROMPT = "My cat wrote all this code in one night, and"
 
@@ -50,7 +51,7 @@ DEFAULT_PROMPT = "My cat wrote all this code in one night, and"
 @click.option("--minp", type=float, default=0.0, show_default=True, help="0 is off.")
 @click.option("--repetition_penalty", type=float, default=1.0, show_default=True, help="1 is off.")
 @click.option("--streaming", is_flag=True, help="Print the text as it comes.")
-@click.option("--cache_graph", is_flag=True, help="Replay decoding as a CUDA graph (GPU only).")
+@graph_option()
 @click.option("--benchmark", is_flag=True, help="After that, time the same run --repeats times.")
 @click.option(
     "--repeats", type=click.IntRange(min=1), default=100, show_default=True, help="For --benchmark."
@@ -79,24 +80,35 @@ def command(model: str, **options: Any) -> None:
         repetition_penalty=options["repetition_penalty"],
     )
     with TqdmProgress(options["verbose"]) as progress:
-        got = obtain(model, flags, device=options["device"], seed=options["seed"], progress=progress)
-    if options["cache_graph"]:
-        say(_graph_note(got.model))
+        got = obtain(
+            model,
+            flags,
+            device=options["device"],
+            backend=options["backend"],
+            seed=options["seed"],
+            progress=progress,
+        )
+    graph = options["cache_graph"]
+    if graph and got.model.device.type != "cuda":
+        say("--cache_graph has no effect on a CPU.")
+        graph = None
     prompts = _prompts(
         got.model, options["prompt"], options["promptlen"], options["batch_size"], options["seed"]
     )
+    generate = partial(
+        got.model.generate,
+        prompts,
+        max_new_tokens=options["genlen"],
+        sampling=sampling,
+        seed=options["seed"],
+        cuda_graph=graph,
+    )
     if options["streaming"]:
-        _stream(got.model, prompts, options["genlen"], sampling, options["seed"])
+        _stream(got.model, prompts, generate)
     else:
-        _print(got.model, prompts, options["genlen"], sampling, options["seed"])
+        _print(got.model, prompts, generate)
     if options["benchmark"]:
-        _benchmark(got.model, prompts, options["genlen"], sampling, options["seed"], options["repeats"])
-
-
-def _graph_note(model: Model) -> str:
-    if model.device.type == "cpu":
-        return "--cache_graph has no effect on a CPU."
-    return "--cache_graph has no effect yet: CUDA graphs come in a later release."
+        _benchmark(got.model, generate, options["repeats"])
 
 
 def _prompts(
@@ -116,10 +128,8 @@ def _prompts(
     return torch.randint(model.config.vocab_size, (batch, random_length), generator=generator)
 
 
-def _print(
-    model: Model, prompts: list[str] | Tensor, length: int, sampling: SamplingParams, seed: int
-) -> None:
-    generations = model.generate(prompts, max_new_tokens=length, sampling=sampling, seed=seed)
+def _print(model: Model, prompts: list[str] | Tensor, generate: Callable[..., Any]) -> None:
+    generations = generate()
     for i, generation in enumerate(generations):
         if i:
             click.echo()
@@ -132,14 +142,12 @@ def _print(
     )
 
 
-def _stream(
-    model: Model, prompts: list[str] | Tensor, length: int, sampling: SamplingParams, seed: int
-) -> None:
+def _stream(model: Model, prompts: list[str] | Tensor, generate: Callable[..., Any]) -> None:
     from quamba.runtime.stream_text import stream_text
 
     if len(prompts) != 1:
         raise QuambaError(f"--streaming prints one continuation, not {len(prompts)}; use --batch_size 1.")
-    steps = model.generate(prompts, max_new_tokens=length, sampling=sampling, seed=seed, stream=True)
+    steps = generate(stream=True)
     click.echo(_opening(model, prompts, 0), nl=False)
     if model.tokenizer is None:
         click.echo(" ".join(str(int(ids[0])) for ids in steps))
@@ -151,18 +159,11 @@ def _stream(
     click.echo()
 
 
-def _benchmark(
-    model: Model,
-    prompts: list[str] | Tensor,
-    length: int,
-    sampling: SamplingParams,
-    seed: int,
-    repeats: int,
-) -> None:
+def _benchmark(model: Model, generate: Callable[..., Any], repeats: int) -> None:
     times_ms, tokens = [], 0
     for _ in range(repeats):
         start = time.perf_counter()
-        tokens = model.generate(prompts, max_new_tokens=length, sampling=sampling, seed=seed)[0].tokens
+        tokens = generate()[0].tokens
         times_ms.append(1e3 * (time.perf_counter() - start))
     mean_ms = statistics.fmean(times_ms)
     click.echo(

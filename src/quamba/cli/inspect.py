@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 @click.argument("model", required=False)
 @click.option("--recipe", metavar="NAME|FILE", help="What this recipe would do to a float MODEL.")
 @click.option("--pretrained_dir", metavar="DIR", help="Where MODEL may be found by its name.")
+@click.option("--device", metavar="cpu|cuda", help="Also say which kernels the model would run on there.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(model: str | None, recipe: str | None, pretrained_dir: str | None, as_json: bool) -> None:
+def command(
+    model: str | None, recipe: str | None, pretrained_dir: str | None, device: str | None, as_json: bool
+) -> None:
     """Show how a quantized MODEL is stored, or what --recipe does, without loading weights."""
     from quamba.recipes.recipe import load_recipe
 
@@ -61,6 +64,7 @@ def command(model: str | None, recipe: str | None, pretrained_dir: str | None, a
         "rotated": plan.rotate,
         "percentile_alpha": plan.alpha,
         "size_mib": round(mib(size_bytes), 3),
+        "kernels": None if device is None else _kernels(device),
     }
     if as_json:
         click.echo(json.dumps({**facts, "plan": rows}, indent=2))
@@ -71,6 +75,14 @@ def command(model: str | None, recipe: str | None, pretrained_dir: str | None, a
     shown = ("part", "precision", "weights", "activations", "state")
     cells = [[row[key] for key in shown] + [f"{mib(row['bytes']):.2f}"] for row in rows]
     click.echo(table((*shown, "MiB"), cells))
+
+
+def _kernels(device: str) -> str:
+    """The backend of every op: a model is bound to one set of kernels when it is loaded."""
+    from quamba.api import choose_device
+    from quamba.kernels.registry import choose_kernels
+
+    return choose_kernels(choose_device(device)).name
 
 
 def _float_plan(folder: Path, recipe: Recipe | None) -> Plan:

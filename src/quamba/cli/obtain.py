@@ -48,6 +48,7 @@ def obtain(
     flags: QuantizeFlags,
     *,
     device: str,
+    backend: str,
     seed: int,
     progress: TqdmProgress,
     check_calibration: Callable[[str | None], None] = lambda source: None,
@@ -69,18 +70,18 @@ def obtain(
     if stored_format(local) is not None:
         if flags.quantize:
             say(f"--quantize is ignored: '{source}' is quantized already.")
-        return _timed_load(source, device, local)
+        return _timed_load(source, device, backend, local)
     if not flags.quantize:
-        return _timed_load(source, device, None)
+        return _timed_load(source, device, backend, None)
     job = _plan(flags, source, local, seed)
     check_calibration(None if job.calibration is None else _named(job.calibration))
     if job.folder is not None and job.folder.is_dir() and any(job.folder.iterdir()):
         if not flags.force:
             check_same(job.folder, job.recipe, source, job.calibration)
             say(f"Using the stored model '{job.folder}'.")
-            return _timed_load(str(job.folder), device, job.folder)
+            return _timed_load(str(job.folder), device, backend, job.folder)
         check_replaceable(job.folder, force=True)
-    return _quantize(load(source, device), job, progress, check_drawn, flags.force)
+    return _quantize(load(source, device, backend=backend), job, progress, check_drawn, flags.force)
 
 
 @dataclass(frozen=True)
@@ -174,13 +175,13 @@ def _quantize(
     return Obtained(small, job.folder, True, dict(report.seconds))
 
 
-def _timed_load(source: str, device: str, folder: Path | None) -> Obtained:
+def _timed_load(source: str, device: str, backend: str, folder: Path | None) -> Obtained:
     import time
 
     from quamba.api import load
 
     start = time.perf_counter()
-    model = load(source, device)
+    model = load(source, device, backend=backend)
     return Obtained(model, folder, seconds={"load": round(time.perf_counter() - start, 3)})
 
 

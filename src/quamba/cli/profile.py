@@ -76,7 +76,14 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
 
     spec = _spec(options)
     with TqdmProgress(options["verbose"]) as progress:
-        got = obtain(model, flags, device=options["device"], seed=options["seed"], progress=progress)
+        got = obtain(
+            model,
+            flags,
+            device=options["device"],
+            backend=options["backend"],
+            seed=options["seed"],
+            progress=progress,
+        )
         progress.close()
         float_source = _float_source(got.model) if options["compare"] else None
         if options["cache_graph"]:

@@ -70,6 +70,7 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
             model,
             flags,
             device=options["device"],
+            backend=options["backend"],
             seed=options["seed"],
             progress=progress,
             check_calibration=lambda source: refuse_leak(source, guarded),

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
+import torch
+
+from quamba.errors import QuambaError, one_of
 from quamba.kernels.reference import conv, embedding, hadamard, linear, norm, selective_scan, ssd
 from quamba.kernels.reference import quantize as quantize_ops
 
@@ -27,6 +33,7 @@ class Kernels:
     ssd_scan: Callable[..., Any]
     ssd_step: Callable[..., Any]
     hadamard: Callable[..., Any]
+    hadamard_quantize: Callable[..., Any]
 
 
 REFERENCE = Kernels(
@@ -43,4 +50,64 @@ REFERENCE = Kernels(
     ssd_scan=ssd.ssd_scan,
     ssd_step=ssd.ssd_step,
     hadamard=hadamard.hadamard,
+    hadamard_quantize=hadamard.hadamard_quantize,
 )
+
+BACKENDS = ("auto", "reference", "triton")
+
+
+def choose_kernels(device: torch.device, backend: str = "auto") -> Kernels:
+    """The kernels for models on a device.
+
+    backend  "reference" runs anywhere; "triton" on CUDA devices of compute capability 8.0 and newer; "auto"
+             is Triton where it runs, else the reference, which is said once where a GPU goes without
+    """
+    if backend not in BACKENDS:
+        raise one_of("The backend", backend, BACKENDS)
+    if backend == "reference" or (backend == "auto" and device.type != "cuda"):
+        return REFERENCE
+    reason = _without_triton(device)
+    if reason is None:
+        return _triton()
+    if backend == "triton":
+        raise QuambaError(f"The Triton kernels do not run on '{device}': {reason}; use backend 'reference'.")
+    _say_once(f"The model runs on the reference kernels, which are slow on a GPU: {reason}.")
+    return REFERENCE
+
+
+def _without_triton(device: torch.device) -> str | None:
+    """Why a device cannot have the Triton kernels; None if it can."""
+    if device.type != "cuda":
+        return "they need a CUDA device"
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+
+
+@functools.cache
+def _triton() -> Kernels:
+    from quamba.kernels.triton import conv, embedding, hadamard, linear, norm, selective_scan, ssd
+    from quamba.kernels.triton import quantize as quantize_ops
+
+    return Kernels(
+        name="triton",
+        quantize=quantize_ops.quantize,
+        embedding=embedding.embedding,
+        linear=linear.linear,
+        add_norm=norm.add_norm,
+        rms_norm=norm.rms_norm,
+        gated_rms_norm=norm.gated_rms_norm,
+        causal_conv1d=conv.causal_conv1d,
+        selective_scan=selective_scan.selective_scan,
+        selective_scan_step=selective_scan.selective_scan_step,
+        ssd_scan=ssd.ssd_scan,
+        ssd_step=ssd.ssd_step,
+        hadamard=hadamard.hadamard,
+        hadamard_quantize=hadamard.hadamard_quantize,
+    )
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger("quamba").warning(message)

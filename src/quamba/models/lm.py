@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quamba.formats.activation import Activation
+from quamba.kernels.registry import Kernels
 from quamba.models.cache import LayerCache, MambaCache
 from quamba.models.config import MambaConfig, ModelConfig
 from quamba.models.mamba1 import MambaMixer
@@ -135,6 +136,17 @@ class MambaLM(nn.Module):
 
     def new_cache(self, batch: int) -> MambaCache:
         return MambaCache([block.mixer.new_cache(batch, self.device) for block in self.blocks])
+
+    def use_kernels(self, kernels: Kernels) -> MambaLM:
+        """Bind every leaf to these kernels."""
+        for module in self.modules():
+            if isinstance(module, Leaf):
+                module.kernels = kernels
+        return self
+
+    @property
+    def kernels(self) -> Kernels:
+        return self.lm_head.kernels
 
     def set_compute_dtype(self, dtype: torch.dtype) -> MambaLM:
         """Floats between leaves, and float weights of projections, in ``dtype``.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from quamba.formats.activation import Activation, Overflow, Rounding
@@ -25,7 +24,5 @@ class Rotate(Leaf):
     def forward(self, x: Tensor) -> Activation:
         if self.out_scale is None:
             return self.kernels.hadamard(x) if self.enabled else x
-        # Codes come from float32 sums: rounding these to 16 bits first would move some to the next code.
-        y = self.kernels.hadamard(x.to(torch.promote_types(x.dtype, torch.float32))) if self.enabled else x
-        codes = self.kernels.quantize(y, self.out_scale, rounding=self.rounding, overflow=self.overflow)
-        return self.give(codes)
+        quantize = self.kernels.hadamard_quantize if self.enabled else self.kernels.quantize
+        return self.give(quantize(x, self.out_scale, rounding=self.rounding, overflow=self.overflow))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,11 +53,14 @@ class Recurrence(Leaf):
         A_log, D, dt_bias = (as_tensor(p, self.wide) for p in (self.A_log, self.D, self.dt_bias))
         return -torch.exp(A_log), D, dt_bias
 
-    def scale_like_state(self) -> Tensor | None:
-        """state_scale spread over the channels, broadcastable to the state."""
-        if self.state_scale is None or self.state_group is None:
-            return self.state_scale
-        return self.state_scale[self.state_group.long()].view(*self.state_shape[:-1], -1)
+    def carried(self, state: Tensor | None) -> dict[str, Any]:
+        """What the kernels are told of the state and of their output."""
+        return {
+            "state": state,
+            "state_scale": self.state_scale,
+            "state_group": self.state_group,
+            "out_dtype": self.compute_dtype,
+        }
 
 
 class SelectiveScan(Recurrence):
@@ -76,7 +81,7 @@ class SelectiveScan(Recurrence):
     ) -> Tensor:
         """``state`` (B, d_inner, d_state) is read and then overwritten with the final state."""
         A, D, dt_bias = self.real_parameters()
-        carried = {"state": state, "state_scale": self.scale_like_state(), "out_dtype": self.compute_dtype}
+        carried = self.carried(state)
         if is_step(u, state, mask):
             u, dt, B, C, z = (only_token(t) for t in (u, dt, B, C, z))
             y = self.kernels.selective_scan_step(u, dt, A, B, C, D, z, dt_bias, **carried)
@@ -113,7 +118,7 @@ class SSD(Recurrence):
     ) -> Tensor:
         """``state`` (B, nheads, headdim, d_state) is read and then overwritten with the final state."""
         A, D, dt_bias = self.real_parameters()
-        carried = {"state": state, "state_scale": self.scale_like_state(), "out_dtype": self.compute_dtype}
+        carried = self.carried(state)
         if is_step(x, state, mask):
             x, dt, B, C = (only_token(t) for t in (x, dt, B, C))
             y = self.kernels.ssd_step(x, dt, A, B, C, D, dt_bias, **self.sizes, **carried)

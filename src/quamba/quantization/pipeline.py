@@ -15,6 +15,7 @@ from quamba.calibration.collect import Batch, StateWatch, Watch, collect
 from quamba.calibration.observers import AbsMax, ChannelMean
 from quamba.calibration.sites import BlockObservers, BlockScales, scale_of
 from quamba.errors import QuambaError
+from quamba.kernels.registry import REFERENCE
 from quamba.models.config import Mamba2Config
 from quamba.models.lm import MambaLM
 from quamba.models.mamba2 import Mamba2Mixer
@@ -77,7 +78,8 @@ def quantize_model(
     report = Report(recipe.to_dict(), calibration.to_dict() if calibration is not None else {})
     clock = _Clock(report.seconds)
     with clock("transforms"):
-        model = copy.deepcopy(model).set_compute_dtype(torch.float32)
+        # The reference kernels: calibration hooks and gradients need nothing but torch.
+        model = copy.deepcopy(model).set_compute_dtype(torch.float32).use_kernels(REFERENCE)
         if plan.folds_norms:
             fuse_norms(model)
         if plan.embedding is not None:

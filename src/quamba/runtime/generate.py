@@ -17,6 +17,7 @@ from quamba.checkpoints.tokenizer import Tokenizer
 from quamba.errors import QuambaError
 from quamba.models.cache import MambaCache
 from quamba.models.lm import MambaLM
+from quamba.runtime.graph import decode_graph
 from quamba.runtime.sampling import SamplingParams, sample, truncated_probabilities
 from quamba.runtime.stream_text import TextStream, stop_index
 
@@ -62,6 +63,7 @@ class Run:
     sampling: SamplingParams
     seed: int
     stop: tuple[str, ...]
+    cuda_graph: bool = False
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -99,6 +101,7 @@ def generate(
     sampling: SamplingParams | None = None,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    cuda_graph: bool | None = None,
 ) -> Run:
     """Continue one prompt or a batch; nothing is computed before ``stream`` or ``collect``.
 
@@ -107,6 +110,8 @@ def generate(
     max_new_tokens  not counting the prompt; a sequence ends earlier at an end-of-text token of the
                     tokenizer or once one of the ``stop`` texts is in its new text
     sampling        None: greedy
+    cuda_graph      replay the step of a token as a CUDA graph: the same tokens, sooner. None: on a GPU with
+                    kernels of its own
     seed            None: one from torch's global generator. Row i draws from a generator of its own, made
                     from seed and i, so its draws do not depend on the other rows.
 
@@ -123,6 +128,7 @@ def generate(
         sampling or SamplingParams(),
         _checked_seed(seed),
         _checked_stop(stop, tokenizer),
+        _checked_graph(cuda_graph, network),
     )
 
 
@@ -187,7 +193,8 @@ class _Row:
 def _steps(run: Run, rows: list[_Row], timing: _Timing) -> Iterator[list[int]]:
     """Advance the rows; yields the new id of each, -1 where there is none.
 
-    Rows that have ended are computed along until half of the batch has; then they are dropped.
+    Rows that have ended are computed along until half of the batch has; then they are dropped, unless a graph
+    of this batch size is there to be replayed.
     """
     start = time.perf_counter()
     network, device, eos, vocab = run.network, run.network.device, run.eos_ids, run.vocab
@@ -195,6 +202,9 @@ def _steps(run: Run, rows: list[_Row], timing: _Timing) -> Iterator[list[int]]:
     logits, cache = prefill(network, ids.to(device), None if mask is None else mask.to(device))
     seen = _seen(run) if run.sampling.repetition_penalty != 1.0 else None
     active = list(range(len(rows)))  # row of each line of the batch
+    graph = decode_graph(network, len(rows)) if run.cuda_graph and run.max_new_tokens > 1 else None
+    if graph is not None:
+        graph.take(cache)
     while True:
         tokens = _choose(logits[:, :vocab], run.sampling, seen, [rows[i].generator for i in active])
         new = [-1] * len(rows)
@@ -209,11 +219,11 @@ def _steps(run: Run, rows: list[_Row], timing: _Timing) -> Iterator[list[int]]:
         running = [line for line, i in enumerate(active) if rows[i].finished is None]
         if not running:
             return
-        if 2 * len(running) <= len(active):
+        if graph is None and 2 * len(running) <= len(active):
             kept = torch.tensor(running, device=device)
             tokens, cache, seen = tokens[kept], cache.select(kept), None if seen is None else seen[kept]
             active = [active[line] for line in running]
-        logits = decode_step(network, tokens, cache)
+        logits = decode_step(network, tokens, cache) if graph is None else graph.step(tokens)
 
 
 @torch.inference_mode()
@@ -319,6 +329,13 @@ def _checked_seed(seed: int | None) -> int:
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise QuambaError(f"The seed is {seed!r}, expected an integer of at least 0.")
     return seed
+
+
+def _checked_graph(asked: bool | None, network: MambaLM) -> bool:
+    on_gpu = network.device.type == "cuda"
+    if asked and not on_gpu:
+        raise QuambaError(f"A CUDA graph needs a CUDA device, and the model is on '{network.device}'.")
+    return on_gpu and network.kernels.name != "reference" if asked is None else asked
 
 
 def _checked_stop(stop: str | Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]:

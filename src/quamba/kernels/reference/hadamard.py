@@ -7,7 +7,9 @@ import math
 
 import torch
 
+from quamba.formats.activation import Overflow, Rounding
 from quamba.formats.hadamard import hadamard_factors, paley_matrix, sylvester_matrix
+from quamba.kernels.reference.quantize import quantize
 
 # What one more pass over the data costs, in multiply-adds per element. From timings on a 2-core AVX-512 CPU:
 # two factors win up to n = 4096, three from 8192 on.
@@ -39,6 +41,23 @@ def hadamard(x: torch.Tensor, transpose: bool = False) -> torch.Tensor:
             y = factor @ y.reshape(outer, size, inner)
         inner *= size
     return y.mul_(n**-0.5).reshape(x.shape).to(x.dtype)
+
+
+def hadamard_quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    rounding: Rounding = "half_even",
+    overflow: Overflow = "saturate",
+) -> torch.Tensor:
+    """Int8 codes (``kernels/reference/quantize.py``) of T_n x, from its float32 or float64 sums.
+
+    x      [..., n] float16, bfloat16, float32 or float64
+    scale  () float32
+    """
+    # Rounding the sums to 16 bits first would move some codes to their neighbours.
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return quantize(hadamard(wide), scale, rounding=rounding, overflow=overflow)
 
 
 @functools.lru_cache(maxsize=128)

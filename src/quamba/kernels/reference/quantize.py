@@ -19,7 +19,8 @@ def quantize(
     overflow  "saturate" as written, or "wrap": the low 8 bits of the rounded integer (of 32 bits)
     returns   (..., C) int8; a NaN has no code and gives an arbitrary one
     """
-    q = torch.div(x, scale)
+    wide = torch.promote_types(x.dtype, torch.float32)  # a scale without dimensions would not widen 16 bits
+    q = torch.div(x.to(wide), scale)
     q = q.round_() if rounding == "half_even" else _round_half_away(q)
     if overflow == "wrap":
         return q.double().clamp_(-(2.0**31), 2.0**31 - 1).to(torch.int32).to(torch.int8)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quamba.formats.activation import Activation, as_float, rows, shape_of
-from quamba.kernels.reference.state import read_state, write_state
+from quamba.kernels.reference.state import read_state, spread_scale, write_state
 
 # Steps of the inner loop. Longer chunks mean more Python steps, shorter ones more chunk states.
 CHUNK = 32
@@ -31,6 +31,7 @@ def selective_scan(
     *,
     state: Tensor | None = None,
     state_scale: Tensor | None = None,
+    state_group: Tensor | None = None,
     mask: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -41,13 +42,15 @@ def selective_scan(
     u, dt, z  (B, L, Di) float or int8      A  (Di, N) float, negative
     B, C      (B, L, N) float or int8       D, dt_bias  (Di,) or None
     state     (B, Di, N) int8, float16 or float32, read and overwritten with the final state; None
-              means zeros. int8 states have a state_scale broadcastable to (Di, N).
+              means zeros. int8 states have a state_scale broadcastable to (Di, N), or with
+              state_group (Di,) one row of it a group of channels.
     mask      (B, L) bool or None
     returns   (B, L, Di) out_dtype; everything inside is float32 (float64 for float64 A)
     (Mamba paper, algorithm 2; Delta B in the Euler form that the published models use.)
     """
     compute = torch.float64 if A.dtype == torch.float64 else torch.float32
     batch, length, d_inner = shape_of(u)
+    state_scale = spread_scale(state_scale, state_group, (d_inner,))
     h = (
         A.new_zeros(batch, d_inner, A.shape[1], dtype=compute)
         if state is None
@@ -83,6 +86,7 @@ def selective_scan_step(
     *,
     state: Tensor,
     state_scale: Tensor | None = None,
+    state_group: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The recurrence of ``selective_scan`` for one token: u, dt, z (B, Di), B, C (B, N), y (B, Di).
@@ -92,6 +96,7 @@ def selective_scan_step(
     compute = torch.float64 if A.dtype == torch.float64 else torch.float32
     x, dt_f, B_f, C_f = (as_float(t, compute) for t in (u, dt, B, C))
     delta = _delta(dt_f, dt_bias, None)
+    state_scale = spread_scale(state_scale, state_group, state.shape[1:-1])
     h = read_state(state, state_scale, compute) * torch.exp(delta[..., None] * A.to(compute))
     h += (delta * x)[..., None] * B_f[:, None, :]
     write_state(state, h, state_scale)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quamba.formats.activation import Activation, as_float, rows, shape_of
-from quamba.kernels.reference.state import read_state, write_state
+from quamba.kernels.reference.state import read_state, spread_scale, write_state
 
 # Largest chunk worked on at once: the (chunk x chunk) decay matrices of all heads then stay in the
 # caches. A model's own chunk_size is honoured where it is smaller; the result is the same function.
@@ -31,6 +31,7 @@ def ssd_scan(
     chunk_size: int = MAX_CHUNK,
     state: Tensor | None = None,
     state_scale: Tensor | None = None,
+    state_group: Tensor | None = None,
     mask: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -41,7 +42,8 @@ def ssd_scan(
     x      (B, L, H * P) float or int8         dt  (B, L, H) float or int8
     B, C   (B, L, G * N) float or int8         A, dt_bias  (H,);  D  (H,) or (H * P,) or None
     state  (B, H, P, N) int8, float16 or float32, read and overwritten with the final state; None
-           means zeros. int8 states have a state_scale broadcastable to (H, P, N).
+           means zeros. int8 states have a state_scale broadcastable to (H, P, N), or with
+           state_group (H * P,) one row of it a group of channels.
     mask   (B, L) bool or None
     returns  (B, L, H * P) out_dtype; everything inside is float32 (float64 for float64 A)
     (Mamba2 paper, section 6 and listing 1: inside a chunk a masked matrix product, between chunks
@@ -51,6 +53,7 @@ def ssd_scan(
     batch, length, d_inner = shape_of(x)
     nheads = A.shape[0]
     d_state = shape_of(B)[-1] // ngroups
+    state_scale = spread_scale(state_scale, state_group, (nheads, headdim))
     S = (
         A.new_zeros(batch, nheads, headdim, d_state, dtype=compute)
         if state is None
@@ -92,6 +95,7 @@ def ssd_step(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     state: Tensor,
     state_scale: Tensor | None = None,
+    state_group: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The recurrence of ``ssd_scan`` for one token: x (B, H * P), dt (B, H), B, C (B, G * N).
@@ -105,6 +109,7 @@ def ssd_step(
     B_h = B_f.unflatten(-1, (ngroups, 1, -1)).expand(-1, -1, per_head, -1).flatten(1, 2)
     C_h = C_f.unflatten(-1, (ngroups, 1, -1)).expand(-1, -1, per_head, -1).flatten(1, 2)
     x_h = x_f.unflatten(-1, (-1, headdim)) * delta[..., None]
+    state_scale = spread_scale(state_scale, state_group, state.shape[1:-1])
     S = read_state(state, state_scale, compute) * torch.exp(delta * A.to(compute))[..., None, None]
     S += x_h[..., None] * B_h[:, :, None, :]
     write_state(state, S, state_scale)

@@ -1,0 +1,122 @@
+"""Arithmetic on 32-bit words that hold four int8, eight int4 or two float16.
+
+On a GPU each function is one or a few instructions; under Triton's interpreter, which knows no instructions,
+plain operations that give the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+NATIVE = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1")
+HIGH_NIBBLES = tl.constexpr(-252645136)  # 0xF0F0F0F0
+
+
+@triton.jit
+def dot4(a, b, c):
+    """c + the sum of products of four int8; all int32 tensors."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+    for i in tl.static_range(4):
+        c += ((a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24)
+    return c
+
+
+@triton.jit
+def even_bytes(a, b):
+    """Bytes 0 and 2 of a, then of b."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return (a & 0xFF) | ((a >> 8) & 0xFF00) | ((b & 0xFF) << 16) | ((b << 8) & -16777216)
+
+
+@triton.jit
+def odd_bytes(a, b):
+    """Bytes 1 and 3 of a, then of b."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x7531;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return ((a >> 8) & 0xFF) | ((a >> 16) & 0xFF00) | ((b << 8) & 0xFF0000) | (b & -16777216)
+
+
+@triton.jit
+def low_halves(a, b):
+    """The lower 16 bits of a, then of b."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return (a & 0xFFFF) | (b << 16)
+
+
+@triton.jit
+def high_halves(a, b):
+    """The upper 16 bits of a, then of b."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return ((a >> 16) & 0xFFFF) | (b & -65536)
+
+
+# Codes i and i + 4 of a word become the float16 pair 1032 + code (0x6400 is 1024, and codes are offset by 8)
+# less 1032: exact. Four products with the pairs of x are added in float16, two by two, then in float32.
+_INT4_TIMES_HALF = tl.constexpr(
+    "{ .reg .b32 u, h, p, k; .reg .b16 a, b; .reg .f32 f, g;\n"
+    "mov.b32 k, 0x64086408; xor.b32 u, $1, 0x88888888;\n"
+    "lop3.b32 h, u, 0x000F000F, 0x64006400, 0xEA; sub.rn.f16x2 h, h, k; mul.rn.f16x2 p, h, $2;\n"
+    "shr.u32 u, u, 4;\n"
+    "lop3.b32 h, u, 0x000F000F, 0x64006400, 0xEA; sub.rn.f16x2 h, h, k; fma.rn.f16x2 p, h, $3, p;\n"
+    "mov.b32 {a, b}, p; cvt.f32.f16 f, a; cvt.f32.f16 g, b; add.f32 $0, f, g;\n"
+    "shr.u32 u, u, 4;\n"
+    "lop3.b32 h, u, 0x000F000F, 0x64006400, 0xEA; sub.rn.f16x2 h, h, k; mul.rn.f16x2 p, h, $4;\n"
+    "shr.u32 u, u, 4;\n"
+    "lop3.b32 h, u, 0x000F000F, 0x64006400, 0xEA; sub.rn.f16x2 h, h, k; fma.rn.f16x2 p, h, $5, p;\n"
+    "mov.b32 {a, b}, p; cvt.f32.f16 f, a; cvt.f32.f16 g, b; add.f32 f, f, g; add.f32 $0, $0, f; }"
+)
+
+
+@triton.jit
+def int4_times_half(word, x04, x15, x26, x37):
+    """float32 sum of the eight products of the int4 codes of ``word`` with x.
+
+    x04 and the others hold x[0] and x[4] of the eight as a pair of float16, and so on. A pair of products of
+    one half is added in float16: an error of 2^-12 of it, as large as that of rounding the result to float16.
+    """
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            _INT4_TIMES_HALF,
+            "=&f,r,r,r,r,r",
+            [word, x04, x15, x26, x37],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    total = tl.zeros_like(word).to(tl.float32)
+    total += _code_times_half(word, x04, 0) + _code_times_half(word, x15, 1)
+    total += _code_times_half(word, x26, 2) + _code_times_half(word, x37, 3)
+    return total
+
+
+@triton.jit
+def _code_times_half(word, pair, i: tl.constexpr):
+    low = ((word << (28 - 4 * i)) >> 28).to(tl.float32)
+    high = ((word << (12 - 4 * i)) >> 28).to(tl.float32)
+    a = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    b = ((pair >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low * a + high * b
+
+
+@triton.jit
+def round_code(y):
+    """Half to even, saturated to int8."""
+    y = tl.minimum(tl.maximum(y, -128.0), 127.0)
+    return ((y + 12582912.0) - 12582912.0).to(tl.int8)

@@ -1,0 +1,125 @@
+"""Products with quantized weights: integers exactly, floats within rounding, on every path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quamba.formats.activation import Quantized
+from quamba.formats.weight import QuantizedWeight, WeightFormat
+from quamba.kernels.reference import linear as reference
+from quamba.kernels.triton.linear import FEW_ROWS, linear
+
+FORMATS = {
+    "int8-tensor": WeightFormat(8, "tensor"),
+    "int8-channel": WeightFormat(8, "channel"),
+    "int4-group": WeightFormat(4, "group", 128),
+    "int4-channel": WeightFormat(4, "channel"),
+    "int4-group-of-64": WeightFormat(4, "group", 64),
+    "int4-two-level": WeightFormat(4, "two_level", 128),
+}
+#: (tokens, features, inputs): single tokens, ragged edges of tiles, inputs that are no multiple of a tile.
+SHAPES = [
+    (1, 40, 256),
+    (FEW_ROWS, 33, 384),
+    (FEW_ROWS + 1, 65, 256),
+    (17, 7, 128),
+    (70, 130, 384),
+    (1, 3, 1280),
+]
+
+
+def random_weight(format: WeightFormat, features: int, inputs: int, device: str) -> QuantizedWeight:
+    low, high = (-8, 8) if format.bits == 4 else (-127, 128)
+    codes = torch.randint(low, high, (features, inputs), dtype=torch.int8)
+    one = format.one_level
+    step = 0.01 if format.bits == 8 else 0.16
+    scale = (torch.rand(one.scale_shape((features, inputs))) * step + step / 10).to(one.scale_dtype)
+    return QuantizedWeight.from_codes(codes, scale, format).to(device)
+
+
+def random_codes(shape: tuple[int, ...], device: str) -> Quantized:
+    return Quantized(
+        torch.randint(-128, 128, shape, dtype=torch.int8, device=device), torch.tensor(0.02, device=device)
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_integer_products(format: WeightFormat, shape: tuple[int, int, int], device: str) -> None:
+    tokens, features, inputs = shape
+    weight, x = random_weight(format, features, inputs, device), random_codes((tokens, inputs), device)
+    y = linear(x, weight, out_dtype=torch.float32)
+    expected = reference.linear(x, weight, out_dtype=torch.float32)
+    assert y.dtype == torch.float32 and y.shape == expected.shape
+    if format.granularity in ("tensor", "channel"):  # one scale a row: the same two roundings
+        assert torch.equal(y, expected)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("channel", [False, True], ids=["one-scale", "channel-scales"])
+def test_codes_out(format: WeightFormat, tokens: int, channel: bool, device: str) -> None:
+    features, inputs = 37, 256
+    weight, x = random_weight(format, features, inputs, device), random_codes((1, tokens, inputs), device)
+    bias = torch.randn(features, device=device)
+    scale = torch.rand(features, device=device) * 0.1 + 0.02 if channel else torch.tensor(0.05, device=device)
+    y = linear(x, weight, bias, out_scale=scale)
+    expected = reference.linear(x, weight, bias, out_scale=scale)
+    assert y.dtype == torch.int8 and y.shape == (1, tokens, features)
+    assert_same_codes(y, expected, reference.linear(x, weight, bias) / scale)
+    assert bool((expected.abs() == 127).any() | (expected == -128).any()), "some values saturate"
+
+
+def assert_same_codes(found: Tensor, expected: Tensor, real: Tensor) -> None:
+    """Equal, but for values within float32 rounding of a tie."""
+    tie = ((real - real.floor()) - 0.5).abs() < 1e-4
+    assert torch.equal(found[~tie], expected[~tie])
+    assert int((found.int() - expected.int()).abs().max()) <= 1
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_a_folded_scale_is_not_applied(tokens: int, device: str) -> None:
+    weight = random_weight(FORMATS["int8-channel"], 12, 128, device)
+    x = random_codes((tokens, 128), device)
+    folded = Quantized(x.codes, torch.rand(128, device=device))
+    y = linear(folded, weight, input_scale_folded=True)
+    assert torch.equal(y, reference.linear(folded, weight, input_scale_folded=True))
+    with pytest.raises(ValueError, match="must be folded"):
+        linear(folded, weight)
+
+
+@pytest.mark.parametrize("format", ["int4-group", "int4-channel", "int4-two-level", "int8-channel"])
+@pytest.mark.parametrize("tokens", [1, 3, 6])
+def test_half_activations(format: str, tokens: int, device: str) -> None:
+    """Against float64, at most twice the error of the reference in float16, which rounds each weight."""
+    features, inputs = 37, 384
+    weight = random_weight(FORMATS[format], features, inputs, device)
+    x = torch.randn(tokens, inputs, device=device).half()
+    exact = reference.linear(x.double(), weight, out_dtype=torch.float64)
+    y = linear(x, weight, out_dtype=torch.float16)
+    plain = reference.linear(x, weight, out_dtype=torch.float16)
+    assert y.dtype == torch.float16
+    assert float((y - exact).norm()) <= 2 * float((plain - exact).norm())
+    scale = torch.tensor(float(exact.abs().max()) / 100, device=device)
+    codes = linear(x, weight, out_scale=scale)
+    assert int((codes - (exact / scale).round()).abs().max()) <= 1
+
+
+def test_float_weights_and_empty_batches(device: str) -> None:
+    weight = torch.randn(8, 16, device=device)
+    x = torch.randn(3, 16, device=device)
+    assert torch.equal(linear(x, weight), reference.linear(x, weight))
+    quantized = random_weight(FORMATS["int4-group"], 8, 128, device)
+    assert linear(random_codes((0, 128), device), quantized).shape == (0, 8)
+    with pytest.raises(TypeError, match="needs a quantized weight"):
+        linear(random_codes((1, 16), device), weight)
+
+
+def test_strided_codes(device: str) -> None:
+    weight = random_weight(FORMATS["int4-group"], 8, 256, device)
+    codes = torch.randint(-128, 128, (3, 512), dtype=torch.int8, device=device)[:, ::2]
+    x = Quantized(codes, torch.tensor(0.5, device=device))
+    torch.testing.assert_close(linear(x, weight), reference.linear(x, weight))
