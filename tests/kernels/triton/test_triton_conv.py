@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -49,6 +50,8 @@ def quantized_weight(width: int, granularity: Any, bits: Any = 8) -> QuantizedWe
 def moved(x: Any, device: torch.device) -> Any:
     if isinstance(x, Quantized):
         return Quantized(x.codes.to(device), x.scale.to(device))
+    if isinstance(x, QuantizedWeight):  # a module's own ``to`` would move the one that was given
+        x = copy.deepcopy(x)
     return x if x is None else x.to(device)
 
 

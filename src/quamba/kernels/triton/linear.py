@@ -27,8 +27,6 @@ from quamba.kernels.triton.words import (
 _INT8 = "_int8_operand"
 #: Rows of x up to which weights are multiplied word by word; a tensor core would idle on most of its tile.
 FEW_ROWS = 4
-#: Rows of x from which its even and odd inputs are copied apart for int4 weights, instead of read with gaps.
-STRIDED_ROWS = 64
 #: Rows of float16 up to which our kernel multiplies with integer weights as they are.
 HALF_ROWS = 256
 
@@ -143,19 +141,13 @@ def _multiply(
             _int_words[grid](*arguments, **flags, **sizes, BITS=bits)
         return
     tile = tile_launch(tokens)
-    x_step, odd = 1, 0
-    if bits == 4:
-        x_step, odd = 2, 1
-        if tokens > STRIDED_ROWS:  # then it pays to put the even inputs beside each other first
-            rows = rows.view(tokens, inputs // 2, 2).transpose(1, 2).contiguous()
-            x_step, odd = 1, inputs // 2
+    if bits == 4:  # the even inputs of a row, then the odd ones: as the nibbles of a byte belong to them
+        rows = rows.view(tokens, inputs // 2, 2).transpose(1, 2).contiguous()
     width = inputs // groups if groups > 1 else min(tile.inputs, triton.next_power_of_2(inputs))
     grid = (triton.cdiv(features, tile.features), triton.cdiv(tokens, tile.tokens))
     _tiles[grid](
         rows,
         *arguments[1:],
-        x_step,
-        odd,
         **flags,
         BITS=bits,
         FLOAT=is_float,
@@ -309,21 +301,21 @@ def _half_words(
 
 @triton.jit
 def _tiles(
-    x, w, scale, x_scale, bias, out_scale, out, tokens, features, x_step, odd,
+    x, w, scale, x_scale, bias, out_scale, out, tokens, features,
     INPUTS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, ONE_ROW_SCALE: tl.constexpr,
     CHANNEL_OUT_SCALE: tl.constexpr, FLOAT: tl.constexpr, FEATURES: tl.constexpr,
     TILE_TOKENS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of out on tensor cores. FLOAT: x is float16 and so become the codes, exactly; else all is int8.
 
-    int4: the even and the odd inputs of a group are two products, so that the nibbles of a byte never have to
-    change places; even input 2j of x lies at j * x_step, the odd one at odd + j * x_step.
+    int4: x holds the even inputs of a row, then the odd ones, and a group is two products, so that the nibbles of
+    a byte never have to change places.
     """
     n = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     m = tl.program_id(1) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
     in_n, in_m = n < features, m < tokens
     k = tl.arange(0, BLOCK)
-    x_at = x + m[:, None].to(tl.int64) * INPUTS + k[None, :] * x_step
+    x_at = x + m[:, None].to(tl.int64) * INPUTS + k[None, :]
     column = n[None, :].to(tl.int64) * (INPUTS * BITS // 8) + k[:, None]
     if FLOAT:
         whole = tl.zeros([TILE_TOKENS, FEATURES], tl.float32)
@@ -334,9 +326,9 @@ def _tiles(
         per_row: tl.constexpr = WIDTH * BITS // 8  # bytes of a group of a row
         inside = k < tl.minimum(INPUTS * BITS // 8 - g * per_row, per_row)
         byte = tl.load(w + column + g * per_row, mask=inside[:, None] & in_n[None, :], other=0)
-        first = tl.load(x_at + g * per_row * x_step, mask=in_m[:, None] & inside[None, :], other=0)
+        first = tl.load(x_at + g * per_row, mask=in_m[:, None] & inside[None, :], other=0)
         if BITS == 4:
-            second = tl.load(x_at + g * per_row * x_step + odd, mask=in_m[:, None] & inside[None, :], other=0)
+            second = tl.load(x_at + INPUTS // 2 + g * per_row, mask=in_m[:, None] & inside[None, :], other=0)
             low, high = (byte << 4).to(tl.int8, bitcast=True), (byte & 0xF0).to(tl.int8, bitcast=True)
             sums = _product(first, low, FLOAT) + _product(second, high, FLOAT)
         else:
