@@ -308,8 +308,8 @@ def _tiles(
 ):  # fmt: skip
     """A tile of out on tensor cores. FLOAT: x is float16 and so become the codes, exactly; else all is int8.
 
-    int4: x holds the even inputs of a row, then the odd ones, and a group is two products, so that the nibbles
-    of a byte never have to change places.
+    int4: x holds the even inputs of a row, then the odd ones, and a group is two products, so that the
+    nibbles of a byte never have to change places.
     """
     n = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     m = tl.program_id(1) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
