@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from zoo_fixtures import FIXTURES
+from zoo_fixtures import FIXTURES, zoo_path
 
 import quamba
 from quamba.api import Model
@@ -86,6 +86,44 @@ def test_row_scales_come_back_as_the_float16_numbers_they_were(zoo_folder: Path)
     integers, _ = weight.integers()
     assert int(integers.abs().max()) == 127
     assert bool((integers.abs().amax(1) >= 126).all())
+
+
+def test_a_hybrid_model_is_made_of_its_blocks(repo_root: Path, tmp_path: Path) -> None:
+    """Block 0 of the W4A8 file, block 1 of the W4A16 one, in the layout of hybrid files."""
+    folders = [zoo_path(repo_root, f"quamba2-demo2-{kind}") for kind in ("w4a8", "w4a16")]
+    kinds = ("W4A8", "W4A16")
+    files = [torch.load(f / "pytorch_model.bin", map_location="cpu", weights_only=True) for f in folders]
+    state = {name: value for name, value in files[0].items() if ".layers." not in name}
+    for i, (kind, file) in enumerate(zip(kinds, files, strict=True)):
+        for name, value in file.items():
+            if f".layers.{i}." in name:
+                for part in ("norm", "mixer"):
+                    if f".layers.{i}.{part}." in name:
+                        state[name.replace(f".{part}.", f".{part}s.{kind}.", 1)] = value
+    fields = json.loads((folders[0] / "config.json").read_text())
+    fields["ssm_cfg"]["layer"] = [{kind: f"{kind}QMamba2"} for kind in kinds]
+    fields["norm_cfg"]["norm"] = [{"W4A8": "QRMSNorm"}, {"W4A16": "RMSNorm"}]
+    hybrid = tmp_path / "quamba2-demo2-w4aX"
+    hybrid.mkdir()
+    (hybrid / "config.json").write_text(json.dumps({**fields, "is_hybrid": True}))
+    torch.save(state, hybrid / "pytorch_model.bin")
+
+    model, (first, second) = quamba.load(hybrid), [quamba.load(f, dtype=torch.float16) for f in folders]
+    assert model.recipe is not None and model.plan is not None
+    assert model.recipe.name == "zoo-w4ax"
+    assert [block.label for block in model.plan.blocks] == list(kinds)
+    assembled = first.network
+    assembled.backbone.layers[1] = second.network.backbone.layers[1]
+    ids, _ = expected_logits(folders[0])
+    with torch.inference_mode():
+        assert torch.equal(model.network(ids), assembled(ids))
+    quamba.convert(hybrid, tmp_path / "ours")
+    assert torch.equal(quamba.load(tmp_path / "ours")(ids).logits, model(ids).logits)
+    assert quamba.export_zoo(tmp_path / "ours", tmp_path / "back") == []
+    back = torch.load(tmp_path / "back" / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    assert back.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(back[name], value) if isinstance(value, Tensor) else back[name] == value, name
 
 
 def test_channel_groups_of_a_small_case() -> None:

@@ -113,11 +113,6 @@ def softplus(v: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def silu(v: tl.tensor) -> tl.tensor:
-    return v / (1.0 + tl.exp2(-v * LOG2E))
-
-
-@triton.jit
 def read_scalar(
     data: tl.tensor, at: tl.tensor, scale: tl.tensor, channel: tl.tensor, MODE: tl.constexpr
 ) -> tl.tensor:

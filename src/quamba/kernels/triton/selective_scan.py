@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.activation import Activation
+from quamba.kernels.triton.quantize import silu
 from quamba.kernels.triton.recurrence import (
     LOG2E,
     PROCESSORS,
@@ -20,7 +21,6 @@ from quamba.kernels.triton.recurrence import (
     read_scales,
     read_state_scale,
     read_vector,
-    silu,
     softplus,
     state_arguments,
     write_state,
