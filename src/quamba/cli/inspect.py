@@ -62,7 +62,7 @@ def command(
         "calibration": _described(stored.get("calibration")),
         "solver": plan.recipe.solver.kind,
         "rotated": plan.rotate,
-        "percentile_alpha": plan.alpha,
+        "percentile_alpha": None if plan.recipe.solver.kind == "unknown" else plan.alpha,
         "size_mib": round(mib(size_bytes), 3),
         "kernels": None if device is None else _kernels(device),
     }
