@@ -1,7 +1,7 @@
 """What the GPU benchmarks share: the device, timing, the file of results. Run, it does nothing.
 
-A file of results has the rows of many runs on one machine. A row replaces an older one of the same measurement
-and names its run, and the run says when, with what versions and by which command it was measured.
+A file of results has the rows of many runs on one machine. A row replaces an older one of the same
+measurement and names its run, and the run says when, with what versions and by which command it was measured.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_models import MODELS, PUBLISHED
+from random_models import MODELS, PUBLISHED, compute_dtype
 
 import quamba
 from quamba.errors import QuambaError, one_of
+from quamba.kernels.registry import choose_kernels
 from quamba.profiling.latency import percentile
 from quamba.profiling.machine import copy_bandwidth_gb_per_s, hardware_name
 
@@ -60,7 +61,7 @@ def parser_with_common_options(description: str | None) -> argparse.ArgumentPars
     )
     parser.add_argument("--device", help="default: the GPU; 'cpu' measures eagerly, to try the script out")
     parser.add_argument("--models", nargs="+", default=PUBLISHED, help=", ".join(MODELS))
-    parser.add_argument("--max_seconds", type=float, default=900.0, help="start no further row after these")
+    parser.add_argument("--max_seconds", type=float, default=600.0, help="start no further row after these")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/, named after the machine")
     parser.add_argument("--resume", help=argparse.SUPPRESS)  # id of the run to go on with, see restart
     return parser
@@ -86,12 +87,12 @@ def chosen_device(asked: str | None) -> torch.device | None:
 
 def time_runs(run: Callable[[], object], device: torch.device, repeats: int) -> Times:
     """Of each run from its start until the device is done: CUDA events, or the clock of a CPU."""
-    deadline = time.perf_counter() + SECONDS_A_MEASUREMENT
-    for _ in range(_WARM_UPS):
+    run()  # compiles, which is not to be taken from the time for measuring
+    times = [_run_ms(run, device)]
+    for _ in range(1, min(_WARM_UPS, int(1e3 * SECONDS_A_MEASUREMENT / 10 / times[0]))):
         _run_ms(run, device)
-        if time.perf_counter() > deadline - SECONDS_A_MEASUREMENT / 2:
-            break
-    times: list[float] = []
+    deadline = time.perf_counter() + SECONDS_A_MEASUREMENT
+    times.clear()
     while not times or (len(times) < repeats and time.perf_counter() < deadline):
         times.append(_run_ms(run, device))
     return Times(statistics.median(times), percentile(times, 5), percentile(times, 95), len(times))
@@ -128,8 +129,8 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], ob
 
 def free_memory(device: torch.device) -> None:
     """Give back what nobody holds any more, so that the next row starts as the first did."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -188,6 +189,10 @@ class Results:
             print("The CUDA context is lost; going on in a new process.", flush=True)
             os.execv(sys.executable, [sys.executable, *sys.argv, "--resume", self.run])
 
+    def say_where(self) -> None:
+        measured = any(row["run"] == self.run for row in self._content["rows"])
+        print(f"written to {self.path}" if measured else "nothing was measured")
+
     @property
     def out_of_time(self) -> bool:
         started = datetime.fromisoformat(self.run)
@@ -229,6 +234,8 @@ def _stamp(device: torch.device) -> dict[str, Any]:
         "command": " ".join(["python", *sys.argv]),
         "commit": _commit(),
         "copy_gb_per_s": copy_bandwidth_gb_per_s(device),
+        "kernels": choose_kernels(device).name,
+        "floats": str(compute_dtype(device)).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "quamba": quamba.__version__,

@@ -3,15 +3,15 @@
     python benchmarks/end_to_end.py [--models mamba2-2.7b] [--recipes fp16 w4a8] [--state_dtype int8]
                                     [--only tpot] [--peers]
 
-Random weights. TPOT is one step of a batch, replayed as a CUDA graph; TTFT is reading prompts, without a graph,
-up to the logits of the last token. Medians, with 5th and 95th percentiles. The bytes of a step are the least it
-can move: every weight read once (of an embedding table that is not the head only the rows looked up), every
-state read and written once. Their rate is compared with the bandwidth of a large copy in the same run.
+Random weights. TPOT is one step of a batch, replayed as a CUDA graph; TTFT is reading prompts, without a
+graph, up to the logits of the last token. Medians, with 5th and 95th percentiles. The bytes of a step are
+the least it can move: every weight read once (of an embedding table that is not the head only the rows
+looked up), every state read and written once. Their rate is compared with that of a large copy in this run.
 
 The float model has fp16 states, whatever --state_dtype says. Rows go to
-benchmarks/results/end-to-end-{machine}.json one by one; those of earlier runs stay there, and a speed-up is over
-the fp16 row of this run, or else of the last. --peers adds what the published code (same precision) and mamba_ssm
-(fp16) took on the card that benchmarks/peers.json names.
+benchmarks/results/end-to-end-{machine}.json one by one; those of earlier runs stay there, and a speed-up is
+over the fp16 row of this run, or else of the last. --peers adds what the published code (same precision) and
+mamba_ssm (fp16) took on the card that benchmarks/peers.json names.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _measure_all(options: argparse.Namespace) -> int:
             missed += measure_network(todo, results, table, device, options.repeats)
     if missed:
         print(f"{missed} rows were not reached in {options.max_seconds:.0f} s; ask for them with --models.")
-    print(f"written to {results.path}")
+    results.say_where()
     return 0
 
 

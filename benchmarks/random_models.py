@@ -14,6 +14,7 @@ from torch import Tensor
 from quamba.kernels.registry import choose_kernels
 from quamba.models.config import Mamba2Config, MambaConfig, ModelConfig
 from quamba.models.lm import MambaLM
+from quamba.modules.linear import Linear
 from quamba.recipes.plan import resolve
 from quamba.recipes.recipe import Precision, Recipe, load_recipe
 from quamba.recipes.skeleton import skeleton
@@ -58,11 +59,13 @@ def fill(network: MambaLM, device: torch.device, seed: int = 0) -> MambaLM:
     """Random weights on the device, and the kernels of that device."""
     torch.manual_seed(seed)
     shapes = network.named_tensors()
-    network.load_tensors({name: _random(name, shapes, device) for name in shapes})
+    linears = {name: leaf for name, leaf in network.named_modules() if isinstance(leaf, Linear)}
+    folded = {f"{name}.weight" for name, leaf in linears.items() if leaf.input_scale_folded}
+    network.load_tensors({name: _random(name, shapes, folded, device) for name in shapes})
     return network.use_kernels(choose_kernels(device))
 
 
-def _random(name: str, shapes: dict[str, Tensor], device: torch.device) -> Tensor:
+def _random(name: str, shapes: dict[str, Tensor], folded: set[str], device: torch.device) -> Tensor:
     meta = shapes[name]
     tensor = torch.empty(meta.shape, dtype=meta.dtype, device=device)
     if name.endswith("state_group"):
@@ -74,7 +77,7 @@ def _random(name: str, shapes: dict[str, Tensor], device: torch.device) -> Tenso
     if tensor.dtype == torch.int8:
         return tensor.random_(-127, 128)
     if "scale" in name.rsplit(".", 1)[-1]:
-        return tensor.fill_(_scale(name, shapes))
+        return tensor.fill_(_scale(name, shapes, folded))
     if "A_log" in name:
         return tensor.uniform_(0, 1)
     if "dt_bias" in name:
@@ -85,8 +88,11 @@ def _random(name: str, shapes: dict[str, Tensor], device: torch.device) -> Tenso
     return tensor.normal_(0.0, std)
 
 
-def _scale(name: str, shapes: dict[str, Tensor]) -> float:
-    """That of a weight gives it the spread of the float one; of a small parameter, values up to 1."""
+def _scale(name: str, shapes: dict[str, Tensor], folded: set[str]) -> float:
+    """That of a weight gives it the spread of the float one; of a small parameter, values up to 1.
+
+    folded  weights whose columns contain the scales of their input
+    """
     weight, _, kind = name.rpartition(".")
     if not weight.endswith(".weight"):
         return 1 / 127 if kind == "scale" else _ACTIVATION_STEP
@@ -95,4 +101,6 @@ def _scale(name: str, shapes: dict[str, Tensor]) -> float:
     data = shapes[f"{weight}.data"]
     four_bits = data.dtype == torch.uint8
     spread = 1.0 if "embedding" in name else (data.shape[1] * (2 if four_bits else 1)) ** -0.5
+    if weight in folded:
+        spread *= _ACTIVATION_STEP
     return spread / (_STD_INT4 if four_bits and kind == "scale" else _STD_INT8)
