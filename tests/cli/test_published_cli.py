@@ -165,8 +165,11 @@ def test_testing_scores_at_most_100_windows(run: Run, here: Path) -> None:
     [
         (("mamba2-tiny",), "There is nothing to do"),
         (("mamba2-tny", *PPL), "Did you mean 'mamba2-tiny'?"),
-        (("mamba2-tiny", "--eval_zero_shot", "--task_list", "lambada_openai"), "--eval_zero_shot belongs to"),
-        (("mamba2-tiny", *PPL, "--fewshot", 3), "--fewshot belongs to the lm-eval tasks"),
+        (("mamba2-tiny", *PPL, "--fewshot", 3), "--fewshot has no effect alone, expected --eval_zero_shot"),
+        (("mamba2-tiny", *PPL, "--task_list", "lambada_local"), "--task_list has no effect alone"),
+        (("mamba2-tiny", "--eval_zero_shot", "--fewshot", 3), "--fewshot has no effect on --eval_zero_shot"),
+        (("mamba2-tiny", "--eval_few_shot", "--fewshot", -1), "-1 is not in the range x>=0"),
+        (("mamba2-tiny", "--eval_zero_shot", "--task_list", "a,,b"), "--task_list is 'a,,b', expected names"),
         (("mamba2-tiny", "--quantize", "--w_bits", 8, "--a_bits", 16), "is no supported pair"),
         (("mamba2-tiny", "--quantize", "--w_bits", 6), "'6' is not one of '4', '8'."),
         (("mamba2-tiny", "--quantize", "--state_dtype", "fp23"), "Did you mean 'fp32'?"),

@@ -1,4 +1,4 @@
-"""``quamba evaluate``: the perplexity of a model."""
+"""``quamba evaluate``: the perplexity of a model, and lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quamba.cli.console import Command, TqdmProgress, mib, say
-from quamba.cli.flags import device_option
+from quamba.cli.flags import device_option, given_parameters
+from quamba.cli.task_scores import TESTING_SAMPLES, add_to_record, print_task_scores, score_tasks, task_names
+from quamba.errors import QuambaError
 
 if TYPE_CHECKING:
     from quamba.api import Model
+
+_TASK_OPTIONS = ("fewshot", "task_dir", "limit", "max_length")
+_PERPLEXITY_OPTIONS = ("seqlen", "max_windows")
+_SEED = 1234
 
 
 @click.command(cls=Command)
@@ -29,8 +35,34 @@ if TYPE_CHECKING:
     type=click.IntRange(min=2),
     help="Tokens of a window. Default: 2048 for a named data set, 1024 for a file.",
 )
-@click.option("--batch_size", type=click.IntRange(min=1), help="Windows at once. Default: as memory allows.")
 @click.option("--max_windows", type=click.IntRange(min=1), help="Score only the first so many.")
+@click.option(
+    "--task_list",
+    metavar="A,B,C",
+    help="Run these tasks, groups or tags of lm-eval (extra 'eval'), and perplexity only if --ppl_dataset is"
+    " given. lambada_local needs no network.",
+)
+@click.option(
+    "--fewshot",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Examples in each context. Default: as each task says.",
+)
+@click.option("--task_dir", metavar="DIR", help="Task files of your own.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N samples of each task.")
+@click.option(
+    "--max_length",
+    type=click.IntRange(min=2),
+    help="Tokens of a task's text that are read, the last ones. Default: 2048.",
+)
+@click.option(
+    "--testing",
+    is_flag=True,
+    help=f"--limit {TESTING_SAMPLES} and --max_windows {TESTING_SAMPLES} where they are not given.",
+)
+@click.option(
+    "--batch_size", type=click.IntRange(min=1), help="Windows or texts at once. Default: as memory allows."
+)
 @device_option()
 @click.option("--pretrained_dir", metavar="DIR", help="Where MODEL may be found by its name.")
 @click.option("--log_dir", metavar="DIR", help="Write a JSON log of the run into DIR.")
@@ -39,32 +71,69 @@ if TYPE_CHECKING:
 @click.option("--verbose", is_flag=True, help="Progress bars, even if stderr is no terminal.")
 @click.pass_context
 def command(ctx: click.Context, model: str, as_json: bool, verbose: bool, **options: Any) -> None:
-    """Perplexity of MODEL, float or quantized, over non-overlapping windows."""
+    """Perplexity of MODEL, float or quantized, over non-overlapping windows; or lm-eval's tasks."""
+    _check(ctx, options)
     from quamba.api import choose_device, load
-    from quamba.cli.log import check_log_dir, write_log
+    from quamba.cli.log import check_log_dir, jsonable, write_log
     from quamba.cli.scoring import calibration_source, load_texts, print_scores, refuse_leak, score
     from quamba.cli.store import find_model, model_name
 
+    if options["testing"]:
+        options["limit"] = options["limit"] or TESTING_SAMPLES
+        options["max_windows"] = options["max_windows"] or TESTING_SAMPLES
     check_log_dir(options["log_dir"])
     choose_device(options["device"])
     source = find_model(model, options["pretrained_dir"])
-    texts = load_texts(options["ppl_dataset"])
+    texts = load_texts(options["ppl_dataset"]) if _wants_perplexity(ctx, options) else []
+    tasks = _load_tasks(options)
     loaded = load(source, options["device"], backend=options["backend"])
     if not options["allow_leak"]:
         refuse_leak(calibration_source(loaded), texts)
     sizes = {name: options[name] for name in ("seqlen", "batch_size", "max_windows")}
+    runs = []
     with TqdmProgress(verbose) as progress:
         scores = [score(loaded, text, progress, **sizes) for text in texts]
+        if tasks is not None:
+            chosen = {name: options[name] for name in ("limit", "batch_size", "max_length")}
+            runs = score_tasks(loaded, tasks, progress, shots=[options["fewshot"]], seed=_SEED, **chosen)
     record = describe_run(loaded, dict(ctx.params))
     record["ppl"] = {s.text.name: s.result.perplexity for s in scores}
     record["scored"] = {s.text.name: s.to_dict() for s in scores}
+    add_to_record(record, runs)
     if as_json:
-        click.echo(json.dumps({key: record[key] for key in ("model", "size_mib", "ppl", "scored")}, indent=2))
+        keys = ("model", "size_mib", "ppl", "scored", "lm_eval", "tasks")
+        click.echo(json.dumps(jsonable({key: record[key] for key in keys}), indent=2))
     else:
-        print_scores(scores)
+        if scores:
+            print_scores(scores)
+        if runs:
+            print_task_scores(runs)
     if options["log_dir"] is not None:
         name = model_name(source) if loaded.plan is not None else f"{model_name(source)}_fp16"
         say(f"Log: '{write_log(options['log_dir'], name, record)}'.")
+
+
+def _check(ctx: click.Context, options: dict[str, Any]) -> None:
+    """What can be refused from the flags alone."""
+    alone = given_parameters(ctx, _TASK_OPTIONS)
+    if alone and options["task_list"] is None:
+        raise QuambaError(f"--{alone[0]} has no effect alone, expected --task_list with it.")
+    unused = given_parameters(ctx, _PERPLEXITY_OPTIONS)
+    if unused and not _wants_perplexity(ctx, options):
+        raise QuambaError(f"--{unused[0]} has no effect on tasks, expected --ppl_dataset with it.")
+
+
+def _wants_perplexity(ctx: click.Context, options: dict[str, Any]) -> bool:
+    return options["task_list"] is None or bool(given_parameters(ctx, ("ppl_dataset",)))
+
+
+def _load_tasks(options: dict[str, Any]) -> Any:
+    """The tasks that are asked for, None without any."""
+    if options["task_list"] is None:
+        return None
+    from quamba.evaluation.tasks import load_tasks
+
+    return load_tasks(task_names(options["task_list"]), options["task_dir"])
 
 
 def describe_run(model: Model, args: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def write_log(folder: str | Path, name: str, record: Mapping[str, Any]) -> Path:
     """
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_jsonable(record), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(jsonable(record), indent=2, allow_nan=False) + "\n"
     path = folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}.json"
     draft = path.with_name(f".{path.name}")
     try:
@@ -52,11 +52,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """The value with infinity and NaN as strings, as JSON wants it."""
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

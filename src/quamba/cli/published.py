@@ -8,10 +8,11 @@ import click
 
 from quamba.cli.console import Command, TqdmProgress, mib, say
 from quamba.cli.flags import QuantizeFlags, device_option, given_parameters, quantize_flags, seed_option
+from quamba.cli.task_scores import TESTING_SAMPLES, task_names
 from quamba.errors import QuambaError
 
-_TASK_FLAGS = ("eval_zero_shot", "eval_few_shot", "eval_generation", "task_list", "fewshot")
-_TESTING_WINDOWS = 100
+_MODES = ("eval_zero_shot", "eval_few_shot", "eval_generation")
+_TASK_OPTIONS = ("task_list", "fewshot", "task_dir", "max_length")
 
 
 @click.command(cls=Command)
@@ -27,21 +28,41 @@ _TESTING_WINDOWS = 100
     help="wikitext2, ptb, c4, pile (windows of 2048 tokens), or a .txt or .jsonl file (windows of 1024);"
     " may be given several times.",
 )
-@click.option("--batch_size", type=click.IntRange(min=1), help="Windows at once. Default: as memory allows.")
-@click.option("--testing", is_flag=True, help=f"Score at most {_TESTING_WINDOWS} windows of a text.")
+@click.option("--eval_zero_shot", is_flag=True, help="Run lm-eval's tasks without examples.")
+@click.option("--eval_few_shot", is_flag=True, help="Run them with --fewshot examples in each context.")
+@click.option("--eval_generation", is_flag=True, help="The same, as published for tasks that generate.")
+@click.option(
+    "--task_list",
+    default="lambada_openai",
+    show_default=True,
+    metavar="A,B,C",
+    help="Tasks, groups or tags of lm-eval; lambada_local needs no network.",
+)
+@click.option(
+    "--fewshot", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Examples."
+)
+@click.option("--task_dir", metavar="DIR", help="Task files of your own.")
+@click.option(
+    "--max_length",
+    type=click.IntRange(min=2),
+    help="Tokens of a task's text that are read, the last ones. Default: 2048.",
+)
+@click.option(
+    "--batch_size", type=click.IntRange(min=1), help="Windows or texts at once. Default: as memory allows."
+)
+@click.option(
+    "--testing",
+    is_flag=True,
+    help=f"Score at most {TESTING_SAMPLES} windows of a text and {TESTING_SAMPLES} samples of a task.",
+)
 @click.option("--log_dir", metavar="DIR", help="Write a JSON log of the run into DIR.")
 @click.option("--allow_leak", is_flag=True, help="Score a text that the model was calibrated on.")
 @device_option()
 @seed_option()
 @click.option("--verbose", is_flag=True, help="Progress bars, even if stderr is no terminal.")
-@click.option("--eval_zero_shot", is_flag=True, hidden=True)
-@click.option("--eval_few_shot", is_flag=True, hidden=True)
-@click.option("--eval_generation", is_flag=True, hidden=True)
-@click.option("--task_list", hidden=True)
-@click.option("--fewshot", hidden=True)
 @click.pass_context
 def command(ctx: click.Context, model: str, **options: Any) -> None:
-    """Quantize MODEL and keep the result, or take it as it is; then measure its perplexity.
+    """Quantize MODEL and keep the result, or take it as it is; then measure it.
 
     MODEL is a folder, a hub id, or the name of a model stored under --pretrained_dir. With --quantize
     and --pretrained_dir DIR the result is stored as DIR/ut-enyac/NAME and used again on the next run if it
@@ -60,9 +81,11 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
         score,
     )
     from quamba.cli.store import model_name
+    from quamba.cli.task_scores import add_to_record, print_task_scores, score_tasks
 
     check_log_dir(options["log_dir"])
     texts = load_texts(options["ppl_dataset"]) if options["eval_ppl"] else []
+    tasks = _load_tasks(options)
     guarded = [] if options["allow_leak"] else texts
     scores = []
     with TqdmProgress(options["verbose"]) as progress:
@@ -78,16 +101,30 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
         )
         if not got.fresh:
             refuse_leak(calibration_source(got.model), guarded)
-        most = _TESTING_WINDOWS if options["testing"] else None
+        most = TESTING_SAMPLES if options["testing"] else None
         for text in texts:
             scores.append(
                 score(got.model, text, progress, batch_size=options["batch_size"], max_windows=most)
+            )
+        runs = []
+        if tasks is not None:
+            runs = score_tasks(
+                got.model,
+                tasks,
+                progress,
+                shots=_shots(options),
+                limit=most,
+                batch_size=options["batch_size"],
+                max_length=options["max_length"],
+                seed=options["seed"],
             )
     _print_model(got.model, got.fresh, got.seconds)
     if got.folder is not None:
         click.echo(f"Stored in '{got.folder}'.")
     if scores:
         print_scores(scores)
+    if runs:
+        print_task_scores(runs)
     if options["log_dir"] is not None:
         from quamba.cli.evaluate import describe_run
 
@@ -98,20 +135,44 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
             **got.seconds,
             **{f"perplexity {s.text.name}": s.result.seconds for s in scores},
         }
+        add_to_record(record, runs)
         name = _log_name(model_name(model), flags, got.model.plan is not None)
         say(f"Log: '{write_log(options['log_dir'], name, record)}'.")
 
 
 def _check(ctx: click.Context, flags: QuantizeFlags, options: dict[str, Any]) -> None:
     """What can be refused from the flags alone."""
-    tasks = given_parameters(ctx, _TASK_FLAGS)
-    if tasks:
+    modes = [mode for mode in _MODES if options[mode]]
+    given = given_parameters(ctx, _TASK_OPTIONS)
+    if given and not modes:
         raise QuambaError(
-            f"--{tasks[0]} belongs to the lm-eval tasks, which come in a later release; "
-            "--eval_ppl with --ppl_dataset works now."
+            f"--{given[0]} has no effect alone, expected --eval_zero_shot, --eval_few_shot or "
+            "--eval_generation with it."
         )
-    if not flags.quantize and not options["eval_ppl"]:
-        raise QuambaError("There is nothing to do, expected --quantize, --eval_ppl or both.")
+    if "fewshot" in given and modes == ["eval_zero_shot"]:
+        raise QuambaError(
+            "--fewshot has no effect on --eval_zero_shot, expected --eval_few_shot or --eval_generation."
+        )
+    if not flags.quantize and not options["eval_ppl"] and not modes:
+        raise QuambaError(
+            "There is nothing to do, expected --quantize, --eval_ppl, or tasks (--eval_zero_shot)."
+        )
+
+
+def _load_tasks(options: dict[str, Any]) -> Any:
+    """The tasks that are asked for, None without any."""
+    if not any(options[mode] for mode in _MODES):
+        return None
+    from quamba.evaluation.tasks import load_tasks
+
+    return load_tasks(task_names(options["task_list"]), options["task_dir"])
+
+
+def _shots(options: dict[str, Any]) -> list[int]:
+    """Zero-shot, and the number for few-shot and generation, each once."""
+    few = options["eval_few_shot"] or options["eval_generation"]
+    numbers = ([0] if options["eval_zero_shot"] else []) + ([options["fewshot"]] if few else [])
+    return list(dict.fromkeys(numbers))
 
 
 def _print_model(model: Any, fresh: bool, seconds: dict[str, float]) -> None:
