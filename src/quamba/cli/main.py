@@ -16,6 +16,7 @@ _COMMANDS = {
     "inspect": ("inspect", "Show what is quantized how, without loading weights."),
     "convert": ("convert", "Write a published checkpoint in our format."),
     "export-zoo": ("export_zoo", "Write a quantized model in the published format."),
+    "doctor": ("doctor", "Check that every kernel gives right results on this machine."),
     "recipes": ("recipes", "List the shipped recipes."),
     "demo": ("demo", "Quantize the bundled Mamba2 model, measure it, generate from it."),
 }
