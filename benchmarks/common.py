@@ -7,6 +7,7 @@ measurement and names its run, and the run says when, with what versions and by 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
@@ -89,7 +90,7 @@ def time_runs(run: Callable[[], object], device: torch.device, repeats: int) -> 
     """Of each run from its start until the device is done: CUDA events, or the clock of a CPU."""
     run()  # compiles, which is not to be taken from the time for measuring
     times = [_run_ms(run, device)]
-    for _ in range(1, min(_WARM_UPS, int(1e3 * SECONDS_A_MEASUREMENT / 10 / times[0]))):
+    for _ in range(1, min(_WARM_UPS, int(1e3 * SECONDS_A_MEASUREMENT / 10 / max(times[0], 1e-3)))):
         _run_ms(run, device)
     deadline = time.perf_counter() + SECONDS_A_MEASUREMENT
     times.clear()
@@ -131,7 +132,8 @@ def free_memory(device: torch.device) -> None:
     """Give back what nobody holds any more, so that the next row starts as the first did."""
     if device.type == "cuda":
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of a context that the row has lost
+            torch.cuda.empty_cache()
 
 
 def reason(error: BaseException) -> str:

@@ -36,7 +36,7 @@ from common import (
     reason,
     time_runs,
 )
-from random_models import FLOAT, MODELS, empty_network, fill
+from random_models import FLOAT, MODELS, compute_dtype, empty_network, fill
 
 from quamba.errors import QuambaError
 from quamba.models.lm import MambaLM
@@ -136,15 +136,13 @@ def measure_network(
             return len(todo) - done
         failed = False
         try:
-            if network is None:
-                network = empty_network(MODELS[row["model"]], row["precision"], row["state"], device)
-            if cell.what != "size" and network.device.type == "meta":
-                fill(network, device)
-            row = row | measure(network, cell, device, repeats)
+            if cell.what == "size":
+                row = row | size_of(row)
+            else:
+                network = network or new_network(row, device)
+                row = row | measure(network, cell, device, repeats)
         except Exception as error:  # whatever goes wrong with one row, the others are measured
             row, failed = row | {"error": reason(error)}, True
-        if failed and network is not None and network.device.type == "meta":
-            network = None  # half filled at most
         free_memory(device)
         row = _compared(row, results)
         results.add(row)
@@ -156,10 +154,18 @@ def measure_network(
     return 0
 
 
+def new_network(row: Row, device: torch.device) -> MambaLM:
+    named = MODELS[row["model"]], row["precision"], row["state"]
+    return fill(empty_network(*named, compute_dtype(device)), device)
+
+
+def size_of(row: Row) -> Row:
+    """With float16 where it is float, whatever the device of the run."""
+    size = measure_size(empty_network(MODELS[row["model"]], row["precision"], row["state"], torch.float16))
+    return {"weight_bytes": size.weight_bytes, "cache_bytes_per_sequence": size.cache_bytes}
+
+
 def measure(network: MambaLM, cell: Cell, device: torch.device, repeats: int) -> Row:
-    if cell.what == "size":
-        size = measure_size(network)
-        return {"weight_bytes": size.weight_bytes, "cache_bytes_per_sequence": size.cache_bytes}
     reset_peak(device)
     if cell.what == "tpot":
         with decoding(network, cell.batch, device) as step:

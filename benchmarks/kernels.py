@@ -9,7 +9,7 @@ result is then compared with the reference's; one that differs by more than roun
 and gets no speed.
 
 Times are of one call in a CUDA graph of many, the median of several replays. Weights and states come in
-copies that together are larger than the cache, so that every call reads them from memory; activations, which
+copies that together are larger than the cache (512 at most), so that every call reads them from memory; activations, which
 the op before has just written, and rows of embedding tables stay as they are. KB is the least the op must
 move: inputs once, results once, states both ways. 'torch us' is the time of the same op on float16 tensors by
 torch's own functions, where it has them. The head reads one token of a prompt.
@@ -48,7 +48,7 @@ from quamba.recipes.recipe import shipped_names
 KEY = ("model", "precision", "state", "leaf", "op", "rows", "tokens")
 #: Calls in one graph, unless copies of the weights ask for more.
 CALLS = 20
-_MOST_COPIES = 64
+_MOST_COPIES = 512
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +121,7 @@ def _calls(
         size = {"rows": batch, "tokens": length}
         try:
             if network is None:
-                network = fill(empty_network(config, precision, state, device), device)
+                network = fill(empty_network(config, precision, state, compute_dtype(device)), device)
             calls = recorded_calls(network, batch, length)
         except Exception as error:
             yield None, named | {"leaf": "all", "op": "all"} | size | {"error": reason(error)}

@@ -50,9 +50,9 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
-def empty_network(config: ModelConfig, precision: str, state: str, device: torch.device) -> MambaLM:
-    """On the meta device, in the formats it will have on ``device``."""
-    return skeleton(resolve(recipe(precision, state), config)).set_compute_dtype(compute_dtype(device))
+def empty_network(config: ModelConfig, precision: str, state: str, floats: torch.dtype) -> MambaLM:
+    """On the meta device."""
+    return skeleton(resolve(recipe(precision, state), config)).set_compute_dtype(floats)
 
 
 def fill(network: MambaLM, device: torch.device, seed: int = 0) -> MambaLM:

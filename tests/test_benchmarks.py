@@ -51,10 +51,9 @@ def written(path: Path) -> dict[str, Any]:
 
 def test_models_have_the_published_sizes(scripts: dict[str, ModuleType]) -> None:
     models = scripts["random_models"]
-    cpu = torch.device("cpu")
     millions = {}
     for name in models.PUBLISHED:
-        network = models.empty_network(models.MODELS[name], "fp16", "fp16", cpu)
+        network = models.empty_network(models.MODELS[name], "fp16", "fp16", torch.float16)
         millions[name] = round(sum(t.numel() for t in network.named_tensors().values()) / 1e6)
     assert millions == {
         "mamba2-130m": 129,
@@ -69,7 +68,7 @@ def test_random_activations_do_not_vanish_or_saturate(scripts: dict[str, ModuleT
     models, calls = scripts["random_models"], scripts["op_calls"]
     for name in ("tiny", "tiny-mamba"):
         for precision in ("w8a8", "w4a8", "zoo-w4a8"):
-            empty = models.empty_network(models.MODELS[name], precision, "int8", torch.device("cpu"))
+            empty = models.empty_network(models.MODELS[name], precision, "int8", torch.float32)
             network = models.fill(empty, torch.device("cpu"))
             for call in calls.recorded_calls(network, 2, 16):
                 for result in call.results:
@@ -94,6 +93,7 @@ def test_end_to_end_writes_every_row(scripts: dict[str, ModuleType], tmp_path: P
     in_float = rows["fp16", "fp16", "tpot", 3, 0]
     state = rows["w4a8", "int8", "size", 1, 0]["cache_bytes_per_sequence"]
     assert three["step_bytes"] - one["step_bytes"] == pytest.approx(2 * (2 * state + 33), abs=8)
+    assert rows["fp16", "fp16", "size", 1, 0]["weight_bytes"] < 0.6 * in_float["step_bytes"], "float32 here"
     assert three["p5_ms"] <= three["median_ms"] <= three["p95_ms"] and three["runs"] == 2
     rate = three["step_bytes"] / three["median_ms"] / 1e6
     assert three["gb_per_s"] == pytest.approx(rate, rel=1e-4)
