@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quamba.cli.console import Command, TqdmProgress, mib, say
-from quamba.cli.flags import device_option, given_parameters
+from quamba.cli.flags import SEED, device_option, given_parameters
 from quamba.cli.task_scores import TESTING_SAMPLES, add_to_record, print_task_scores, score_tasks, task_names
 from quamba.errors import QuambaError
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 _TASK_OPTIONS = ("fewshot", "task_dir", "limit", "max_length")
 _PERPLEXITY_OPTIONS = ("seqlen", "max_windows")
-_SEED = 1234
 
 
 @click.command(cls=Command)
@@ -95,7 +94,7 @@ def command(ctx: click.Context, model: str, as_json: bool, verbose: bool, **opti
         scores = [score(loaded, text, progress, **sizes) for text in texts]
         if tasks is not None:
             chosen = {name: options[name] for name in ("limit", "batch_size", "max_length")}
-            runs = score_tasks(loaded, tasks, progress, shots=[options["fewshot"]], seed=_SEED, **chosen)
+            runs = score_tasks(loaded, tasks, progress, shots=[options["fewshot"]], seed=SEED, **chosen)
     record = describe_run(loaded, dict(ctx.params))
     record["ppl"] = {s.text.name: s.result.perplexity for s in scores}
     record["scored"] = {s.text.name: s.to_dict() for s in scores}
@@ -133,7 +132,7 @@ def _load_tasks(options: dict[str, Any]) -> Any:
         return None
     from quamba.evaluation.tasks import load_tasks
 
-    return load_tasks(task_names(options["task_list"]), options["task_dir"])
+    return load_tasks(task_names(options["task_list"]), options["task_dir"], seed=SEED)
 
 
 def describe_run(model: Model, args: dict[str, Any]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def _load_tasks(options: dict[str, Any]) -> Any:
         return None
     from quamba.evaluation.tasks import load_tasks
 
-    return load_tasks(task_names(options["task_list"]), options["task_dir"])
+    return load_tasks(task_names(options["task_list"]), options["task_dir"], seed=options["seed"])
 
 
 def _shots(options: dict[str, Any]) -> list[int]:

@@ -68,10 +68,11 @@ class TaskSet:
     own_shots: dict[str, int | None]
 
 
-def load_tasks(names: Sequence[str], task_dir: str | Path | None = None) -> TaskSet:
+def load_tasks(names: Sequence[str], task_dir: str | Path | None = None, *, seed: int = 1234) -> TaskSet:
     """The tasks, groups and tags of these names, data sets included; ``mmlu_*`` is all of that pattern.
 
     task_dir  a folder with task files of the user's own, which come before lm-eval's of the same name
+    seed      of tasks that shuffle their data
     Raises QuambaError for names that nobody knows, data that cannot be had and tasks that cannot be run.
     """
     if not names:
@@ -80,7 +81,7 @@ def load_tasks(names: Sequence[str], task_dir: str | Path | None = None) -> Task
     merged: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in found:
         try:
-            with _quiet():
+            with _quiet(), _seeded(seed):
                 loaded = manager.load(name)
         except QuambaError:
             raise
