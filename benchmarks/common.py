@@ -156,7 +156,7 @@ class Results:
         slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
         self.path: Path = options.out or RESULTS / f"{script}-{slug}.json"
         self._content = _read(self.path, hardware)
-        self.run: str = options.resume or datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.run: str = options.resume or datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         if self.run not in self._content["runs"]:
             self._content["runs"][self.run] = _stamp(device)
         self.copy_gb_per_s: float = self._content["runs"][self.run]["copy_gb_per_s"]

@@ -9,10 +9,10 @@ result is then compared with the reference's; one that differs by more than roun
 and gets no speed.
 
 Times are of one call in a CUDA graph of many, the median of several replays. Weights and states come in
-copies that together are larger than the cache (512 at most), so that every call reads them from memory; activations, which
-the op before has just written, and rows of embedding tables stay as they are. KB is the least the op must
-move: inputs once, results once, states both ways. 'torch us' is the time of the same op on float16 tensors by
-torch's own functions, where it has them. The head reads one token of a prompt.
+copies (512 at most) that together are larger than the cache, so that every call reads them from memory;
+activations, which the op before has just written, and rows of embedding tables stay as they are. KB is the
+least the op must move: inputs once, results once, states both ways. 'torch us' is the time of the same op on
+float16 tensors by torch's own functions, where it has them. The head reads one token of a prompt.
 """
 
 from __future__ import annotations

@@ -99,7 +99,9 @@ def test_end_to_end_writes_every_row(scripts: dict[str, ModuleType], tmp_path: P
     assert three["gb_per_s"] == pytest.approx(rate, rel=1e-4)
     assert three["share_of_copy"] == pytest.approx(rate / 10, rel=1e-4)
     assert three["speedup_over_fp16"] == pytest.approx(in_float["median_ms"] / three["median_ms"], rel=1e-4)
-    assert "speedup_over_fp16" not in in_float
+    again = ["--recipes", "fp16", "--only", "tpot", "--out", str(out)]
+    scripts["end_to_end"].main([*END_TO_END, *again])
+    assert sum("speedup_over_fp16" in row for row in written(out)["rows"]) == 3, "none over itself"
 
 
 @pytest.mark.usefixtures("copies")
@@ -178,6 +180,9 @@ def test_kernels_writes_what_each_op_moves(scripts: dict[str, ModuleType], tmp_p
     assert out_proj["operations"] == 2 * 3 * 128 * 64
     assert out_proj["gb_per_s"] == pytest.approx(out_proj["bytes"] / out_proj["us"] / 1e3, rel=1e-4)
     assert out_proj["torch_us"] > 0
+    # int8 input, output and taps with their scales, a float32 bias, three tokens of state read and written.
+    conv = 2 * (3 * 128 + 128 * 4) + 128 * (4 + 4) + 128 * 4 + 2 * 3 * 3 * 128
+    assert rows["conv1d", "causal_conv1d", 3, 1]["bytes"] == conv
     step = rows["ssm", "selective_scan_step", 3, 1]
     assert step["bytes"] > 2 * 3 * 128 * 16 * 2 and step["operations"] == 7 * 3 * 128 * 16
     embedding = rows["embedding", "embedding", 1, 16]
