@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quamba.cli import doctor
 from quamba.cli.doctor import command
+from quamba.kernels.cases import all_cases
 from quamba.kernels.registry import REFERENCE, Kernels
 from quamba.runtime import check_model
 
@@ -22,7 +23,10 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the ops, and of them not the cases that take longest."""
     monkeypatch.setattr(check_model, "check_models", lambda kernels, device: [])
+    short = [case for case in all_cases("cpu") if "512 tokens" not in case.name]
+    monkeypatch.setattr("quamba.kernels.check.all_cases", lambda device_type: short)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> None:
@@ -42,6 +46,19 @@ def test_a_sound_machine(run: Run) -> None:
     assert {row[2] for row in rows} == {*ops, "model"}
     assert all(row[:2] == ["cpu", "reference"] and row[3] == "ok" and len(row) == 6 for row in rows)
     assert verdict == "All passed. The GPU kernels were not checked: they need a CUDA device.\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_this_gpu(run: Run) -> None:
+    """Both backends, and tiny models as CUDA graphs."""
+    result = run(command, "--device", "cuda")
+    assert result.exit_code == 0, result.output
+    assert {line.split()[1] for line in result.stdout.splitlines() if " model " in line} == {
+        "reference",
+        "triton",
+    }
 
 
 def quantize_off_by_one(*args: Any, **named: Any) -> Tensor:
