@@ -27,8 +27,9 @@ from quamba.runtime.sampling import SamplingParams
 MAX_LENGTH = 2048
 # New tokens of a generation for which the task names no number, as in lm-eval.
 _NEW_TOKENS = 256
-# Without a batch size: so many tokens, padding included, and so many texts at once.
-_BATCH_TOKENS, _BATCH_ROWS = 8192, 32
+# Without a batch size: so many texts at once, and so many tokens, padding included. Where a CPU only reads,
+# few tokens stay in its caches: texts of 110 tokens take a third less time by four than by 32.
+_BATCH_ROWS, _BATCH_TOKENS, _CPU_READ_TOKENS = 32, 8192, 512
 # Logits of one slab in bytes: bounds the memory on a GPU, keeps close to the caches on a CPU.
 _CUDA_SLAB_BYTES, _CPU_SLAB_BYTES = 1 << 28, 1 << 24
 # The names that tasks have for the number of new tokens, the first one given counts.
@@ -107,7 +108,9 @@ class TaskModel:
             asked[tuple(text[:-1])].append(i)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         self._stage("Log-likelihoods", len(pairs))
-        for texts in self._batches(sorted(asked, key=len, reverse=True)):
+        tokens = _BATCH_TOKENS if self.network.device.type == "cuda" else _CPU_READ_TOKENS
+        inputs = sorted(asked, key=len, reverse=True)
+        for texts in self._batches(inputs, inputs, tokens):
             numbers = [asked[text] for text in texts]
             rows = [(row, pairs[i][1]) for row, indices in enumerate(numbers) for i in indices]
             scores = _score(self.network, texts, rows)
@@ -152,7 +155,7 @@ class TaskModel:
             new_tokens, stop, sampling = self._read_options(options)
             room = self._room(new_tokens)
             order = sorted(numbers, key=lambda i: len(contexts[i]), reverse=True)
-            for chosen in self._batches(order, [contexts[i][-room:] for i in order]):
+            for chosen in self._batches(order, [contexts[i][-room:] for i in order], _BATCH_TOKENS):
                 run = generate(
                     self.network,
                     self.tokenizer,
@@ -197,12 +200,11 @@ class TaskModel:
             )
         return room
 
-    def _batches(self, items: list[Any], texts: Sequence[Sequence[int]] | None = None) -> Iterator[list[Any]]:
-        """Items in pieces; ``texts`` (default: the items), longest first, say how long each is."""
-        texts = items if texts is None else texts
+    def _batches(self, items: list[Any], texts: Sequence[Sequence[int]], tokens: int) -> Iterator[list[Any]]:
+        """Items in pieces of at most so many tokens; ``texts``, longest first, say how long each is."""
         start = 0
         while start < len(items):
-            fits = _BATCH_TOKENS // max(1, len(texts[start]))
+            fits = tokens // max(1, len(texts[start]))
             size = self.batch_size or max(1, min(_BATCH_ROWS, fits))
             yield items[start : start + size]
             start += size

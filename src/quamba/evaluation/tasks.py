@@ -86,10 +86,7 @@ def load_tasks(names: Sequence[str], task_dir: str | Path | None = None, *, seed
         except QuambaError:
             raise
         except Exception as error:  # of the data sets library, its network client, or a task's own code
-            raise QuambaError(
-                f"The task '{name}' cannot be loaded ({first_line(error)}); a task whose data is not in the "
-                f"cache needs the network, '{OFFLINE_TASK}' does not."
-            ) from error
+            raise _not_loaded(name, error) from error
         for key, part in merged.items():
             part.update(loaded.get(key, {}))
     for name, task in merged["tasks"].items():
@@ -167,6 +164,14 @@ def _find(names: Sequence[str], task_dir: str | Path | None) -> tuple[list[str],
             )
         found += matches
     return list(dict.fromkeys(found)), manager
+
+
+def _not_loaded(name: str, error: Exception) -> QuambaError:
+    if isinstance(error, OSError):  # files, and all that goes wrong on the way to the hub
+        hint = f"a task whose data is not in the cache needs the network, '{OFFLINE_TASK}' does not"
+    else:
+        hint = "expected a task that lm-eval can read"
+    return QuambaError(f"The task '{name}' cannot be loaded ({first_line(error)}); {hint}.")
 
 
 def _set_shots(tasks: TaskSet, fewshot: int | None, model: TaskModel) -> None:
