@@ -9,7 +9,7 @@ from quamba.cli.console import LazyGroup
 
 _COMMANDS = {
     "quantize": ("quantize", "Quantize a float model by a recipe and save it."),
-    "evaluate": ("evaluate", "Measure the perplexity of a model, float or quantized."),
+    "evaluate": ("evaluate", "Measure a model, float or quantized: perplexity, lm-eval's tasks."),
     "generate": ("generate", "Continue a prompt."),
     "chat": ("chat", "Talk with a model that keeps its memory between turns."),
     "profile": ("profile", "Measure size and speed on this machine."),
