@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,10 +130,11 @@ class MambaLM(nn.Module):
         cache  read and advanced by L tokens, so that a prompt and single tokens go one way
         mask   (B, L) bool, False at left padding; only with an empty cache
         """
-        hidden = self.backbone(ids, cache, mask)
-        if last_only:
-            hidden = _last_token(hidden)
-        return self.lm_head(hidden)
+        with _current(self.device):
+            hidden = self.backbone(ids, cache, mask)
+            if last_only:
+                hidden = _last_token(hidden)
+            return self.lm_head(hidden)
 
     def new_cache(self, batch: int) -> MambaCache:
         return MambaCache([block.mixer.new_cache(batch, self.device) for block in self.blocks])
@@ -161,6 +163,11 @@ class MambaLM(nn.Module):
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             parameter.data = parameter.data.to(wide if keep else dtype)
         return self
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the one kernels are launched on: Triton takes the current one, not that of its tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _residual_norm(config: ModelConfig) -> AddNorm:

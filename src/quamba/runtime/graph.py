@@ -26,14 +26,15 @@ class DecodeGraph:
         self.ids = torch.zeros(batch, dtype=torch.int64, device=network.device)
         self.cache = network.new_cache(batch)
         self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(network.device)
-        stream.wait_stream(torch.cuda.current_stream(network.device))
-        with torch.cuda.stream(stream), torch.inference_mode():
-            for _ in range(WARM_UP_STEPS):
-                self._step(network)
-        torch.cuda.current_stream(network.device).wait_stream(stream)
-        with torch.inference_mode(), torch.cuda.graph(self._graph):
-            self.logits = self._step(network)
+        with torch.cuda.device(network.device), torch.inference_mode():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_STEPS):
+                    self._step(network)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self._graph):
+                self.logits = self._step(network)
 
     def _step(self, network: MambaLM) -> Tensor:
         return network(self.ids[:, None], self.cache, last_only=True)[:, 0]
