@@ -93,6 +93,41 @@ def test_reset_is_a_new_cache() -> None:
     assert torch.equal(model(ids, cache), model(ids, model.new_cache(2)))
 
 
+def test_copy_takes_the_states_and_keeps_the_tensors() -> None:
+    model = tiny_model(tiny_config("mamba"))
+    source, cache = filled(model, 2), model.new_cache(2)
+    addresses = [t.data_ptr() for t in tensors(cache)]
+    assert cache.copy_(source) is cache
+    assert [t.data_ptr() for t in tensors(cache)] == addresses
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(tensors(cache), tensors(source), strict=True))
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("state", ["int8", "fp16", "fp32"])
+def test_a_working_cache_is_rounded_once(family: str, state: str) -> None:
+    """Floats between the pieces of a prompt; the windows hold the same codes in both."""
+    config = tiny_config(family)
+    recipe = with_state(rounded(shipped("w8a8", config)), state)
+    model = quantize_model(tiny_model(config), recipe, calibration_set(config))[0]
+    ids = random_ids(config, 2, 40)
+    cache, working = model.new_cache(2), model.new_cache(2, working=True)
+    assert {x.ssm_state.dtype for x in working.layers} == {torch.float32}
+    whole = model(ids, cache)
+    parts = torch.cat([model(part, working) for part in ids.split([9, 16, 15], dim=1)], dim=1)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+    stored = model.stored_cache(working)
+    for found, expected in zip(tensors(stored), tensors(cache), strict=True):
+        assert found.dtype == expected.dtype
+        steps = (found.double() - expected.double()).abs()
+        assert steps.max() <= (1 if state == "int8" or found.dtype == torch.int8 else 1e-2)
+        assert (steps > 1e-5).float().mean() < 0.01
+    again = model.working_cache(stored)
+    assert {x.ssm_state.dtype for x in again.layers} == {torch.float32}
+    assert all(
+        torch.equal(a, b) for a, b in zip(tensors(model.stored_cache(again)), tensors(stored), strict=True)
+    )
+
+
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_states_stay_where_they_were_allocated(family: str) -> None:
     """Graph capture needs this."""

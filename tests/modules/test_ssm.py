@@ -50,6 +50,65 @@ def test_states_of_float64_models_stay_float64() -> None:
     assert leaf.new_state(1, "cpu").dtype == torch.float64
 
 
+def int8_ssd() -> SSD:
+    """Four heads of three channels in two groups, with a scale for each state index."""
+    leaf = ssd()
+    leaf.state_dtype = torch.int8
+    leaf.state_scale = torch.tensor([[0.5, 0.25], [2.0, 1.0]])
+    leaf.state_group = torch.tensor([0, 1] * 6, dtype=torch.int32)
+    return leaf
+
+
+def test_states_of_float64_models_keep_their_codes() -> None:
+    assert int8_ssd().double().new_state(1, "cpu").dtype == torch.int8
+
+
+def test_an_int8_state_and_its_working_copy() -> None:
+    leaf = int8_ssd()
+    assert leaf.new_state(2, "cpu", working=True).dtype == torch.float32
+    codes = torch.randint(-128, 128, (2, 4, 3, 2), dtype=torch.int8)
+    floats = leaf.working(codes)
+    for channel in range(12):
+        expected = codes.view(2, 12, 2)[:, channel] * leaf.state_scale[channel % 2]
+        assert torch.equal(floats.view(2, 12, 2)[:, channel], expected)
+    assert torch.equal(leaf.stored(floats), codes)
+    floats[0, 0, 0] = torch.tensor([0.76, -1e6])
+    assert leaf.stored(floats)[0, 0, 0].tolist() == [2, -128]
+
+
+def test_a_float16_state_and_its_working_copy() -> None:
+    leaf = ssd()
+    leaf.state_dtype = torch.float16
+    halves = torch.randn(2, 4, 3, 2).half()
+    assert torch.equal(leaf.working(halves), halves.float())
+    assert torch.equal(leaf.stored(leaf.working(halves)), halves)
+    assert leaf.stored(torch.tensor([1e9, -1e9, 1.0])).tolist() == [65504.0, -65504.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_state_that_is_never_rounded(dtype: torch.dtype) -> None:
+    leaf = ssd().to(dtype)
+    state = leaf.new_state(2, "cpu")
+    assert state.dtype == leaf.new_state(2, "cpu", working=True).dtype == dtype
+    assert leaf.stored(state) is state
+    copy = leaf.working(state)
+    copy += 1.0
+    assert not state.any(), "a copy is a copy"
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_working_state_is_not_rounded(length: int) -> None:
+    """One pass from zeros differs only in how the final state is stored."""
+    leaf = int8_ssd()
+    for name in ("A_log", "D", "dt_bias"):
+        getattr(leaf, name).data.normal_()
+    inputs = [torch.randn(2, length, size) for size in (12, 4, 2, 2)]
+    working, codes = leaf.new_state(2, "cpu", working=True), leaf.new_state(2, "cpu")
+    assert torch.equal(leaf(*inputs, working, None), leaf(*inputs, codes, None))
+    assert torch.equal(leaf.stored(working), codes) and codes.any()
+    assert not torch.equal(leaf.working(codes), working)
+
+
 @pytest.mark.parametrize(("asked", "dtype"), [(None, torch.float16), (torch.int8, torch.int8)])
 def test_conv_windows(asked: torch.dtype | None, dtype: torch.dtype) -> None:
     leaf = CausalConv1d(6, 4, bias=False)

@@ -136,8 +136,27 @@ class MambaLM(nn.Module):
                 hidden = _last_token(hidden)
             return self.lm_head(hidden)
 
-    def new_cache(self, batch: int) -> MambaCache:
-        return MambaCache([block.mixer.new_cache(batch, self.device) for block in self.blocks])
+    def new_cache(self, batch: int, *, working: bool = False) -> MambaCache:
+        """Zeros. ``working``: for the pieces of one prompt, with SSM states that nothing rounds between."""
+        return MambaCache([_new_layer(block, batch, self.device, working) for block in self.blocks])
+
+    def working_cache(self, cache: MambaCache) -> MambaCache:
+        """A copy of a cache, stored or working, as a working one."""
+        return MambaCache(
+            [
+                LayerCache(layer.conv_state.clone(), block.mixer.ssm.working(layer.ssm_state))
+                for block, layer in zip(self.blocks, cache.layers, strict=True)
+            ]
+        )
+
+    def stored_cache(self, cache: MambaCache) -> MambaCache:
+        """A working cache in the formats that states are stored in; shares the tensors that have them."""
+        return MambaCache(
+            [
+                LayerCache(layer.conv_state, block.mixer.ssm.stored(layer.ssm_state))
+                for block, layer in zip(self.blocks, cache.layers, strict=True)
+            ]
+        )
 
     def use_kernels(self, kernels: Kernels) -> MambaLM:
         """Bind every leaf to these kernels."""
@@ -163,6 +182,13 @@ class MambaLM(nn.Module):
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             parameter.data = parameter.data.to(wide if keep else dtype)
         return self
+
+
+def _new_layer(block: Block, batch: int, device: torch.device, working: bool) -> LayerCache:
+    layer = block.mixer.new_cache(batch, device)
+    if working:
+        layer.ssm_state = block.mixer.ssm.new_state(batch, device, working=True)
+    return layer
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

@@ -9,14 +9,18 @@ from torch import Tensor
 
 from quamba.formats.activation import Activation, Quantized, shape_of
 from quamba.formats.parameter import Parameter, QuantizedParameter, as_tensor
+from quamba.kernels.reference.state import spread_scale, write_state
 from quamba.modules.leaf import Leaf, parameter_or_empty
 
 
 class Recurrence(Leaf):
     """Parameters A_log, D, dt_bias (float or int8) and the format of the cached state.
 
+    A state is as it is stored between tokens, or a working one between the pieces of a prompt: floats of
+    ``wide``, which nothing rounds.
+
     state_shape  of one sequence: channels (in one or two dimensions), then d_state
-    state_dtype  torch.int8, torch.float16 or torch.float32 (float64 models keep float64)
+    state_dtype  torch.int8, torch.float16 or torch.float32 (float64 models keep floats in float64)
     state_scale  (K, N) or (K, 1) float32 for int8 states: one a channel group (and state index)
     state_group  (d_inner,) int32: the group of each channel; None when K = 1
     """
@@ -37,9 +41,33 @@ class Recurrence(Leaf):
         self.register_buffer("state_group", None)
         self.state_dtype = torch.float32
 
-    def new_state(self, batch: int, device: torch.device | str) -> Tensor:
-        dtype = torch.float64 if self.wide == torch.float64 else self.state_dtype
+    def new_state(self, batch: int, device: torch.device | str, *, working: bool = False) -> Tensor:
+        dtype = self.wide if working else self._stored_dtype
         return torch.zeros(batch, *self.state_shape, dtype=dtype, device=device)
+
+    def working(self, state: Tensor) -> Tensor:
+        """A copy of a state, stored or working, as a working one."""
+        floats, scale = state.to(self.wide, copy=True), self._scale_of(state)
+        return floats if scale is None else floats.mul_(scale.to(self.wide))
+
+    def stored(self, state: Tensor) -> Tensor:
+        """A working state as it is stored; itself where that is the same."""
+        if state.dtype == self._stored_dtype:
+            return state
+        stored = torch.empty_like(state, dtype=self._stored_dtype)
+        write_state(stored, state, self._scale_of(stored))
+        return stored
+
+    @property
+    def _stored_dtype(self) -> torch.dtype:
+        wide = self.wide == torch.float64 and self.state_dtype != torch.int8
+        return torch.float64 if wide else self.state_dtype
+
+    def _scale_of(self, state: Tensor) -> Tensor | None:
+        """What the codes of an int8 state are multiplied with, broadcastable to it; None for floats."""
+        if state.dtype != torch.int8:
+            return None
+        return spread_scale(self.state_scale, self.state_group, state.shape[1:-1])
 
     @property
     def wide(self) -> torch.dtype:
@@ -55,10 +83,11 @@ class Recurrence(Leaf):
 
     def carried(self, state: Tensor | None) -> dict[str, Any]:
         """What the kernels are told of the state and of their output."""
+        codes = state is not None and state.dtype == torch.int8
         return {
             "state": state,
-            "state_scale": self.state_scale,
-            "state_group": self.state_group,
+            "state_scale": self.state_scale if codes else None,
+            "state_group": self.state_group if codes else None,
             "out_dtype": self.compute_dtype,
         }
 
