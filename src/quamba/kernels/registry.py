@@ -1,4 +1,4 @@
-"""Which kernels a model runs on. Chosen once, when a model is built; never on a call."""
+"""Which kernels a model runs on, and which the weight solver. Chosen once for a model or a weight."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quamba.errors import QuambaError, one_of
-from quamba.kernels.reference import conv, embedding, hadamard, linear, norm, selective_scan, ssd
+from quamba.kernels.reference import conv, embedding, gptq, hadamard, linear, norm, selective_scan, ssd
 from quamba.kernels.reference import quantize as quantize_ops
 
 
@@ -36,6 +37,15 @@ class Kernels:
     hadamard_quantize: Callable[..., Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SolverKernels:
+    """The loops of the weight solver, one function each; specified by ``kernels/reference/gptq.py``."""
+
+    name: str
+    round_columns: Callable[..., Any]
+    descend_columns: Callable[..., Any]
+
+
 REFERENCE = Kernels(
     name="reference",
     quantize=quantize_ops.quantize,
@@ -51,6 +61,10 @@ REFERENCE = Kernels(
     ssd_step=ssd.ssd_step,
     hadamard=hadamard.hadamard,
     hadamard_quantize=hadamard.hadamard_quantize,
+)
+
+REFERENCE_SOLVER = SolverKernels(
+    name="reference", round_columns=gptq.round_columns, descend_columns=gptq.descend_columns
 )
 
 BACKENDS = ("auto", "reference", "triton")
@@ -73,6 +87,20 @@ def choose_kernels(device: torch.device, backend: str = "auto") -> Kernels:
         raise QuambaError(f"The Triton kernels do not run on '{device}': {reason}; use backend 'reference'.")
     _say_once(f"The model runs on the reference kernels, which are slow on a GPU: {reason}.")
     return REFERENCE
+
+
+def choose_solver_kernels(weight: Tensor) -> SolverKernels:
+    """The kernels for solving this weight: Triton for float32 where it runs, else the reference.
+
+    A GPU that goes without is told of once.
+    """
+    if weight.device.type != "cuda" or weight.dtype != torch.float32:
+        return REFERENCE_SOLVER
+    reason = _without_triton(weight.device)
+    if reason is None:
+        return _triton_solver()
+    _say_once(f"The weight solver runs on the reference kernels, which are slow on a GPU: {reason}.")
+    return REFERENCE_SOLVER
 
 
 def _without_triton(device: torch.device) -> str | None:
@@ -105,6 +133,15 @@ def _triton() -> Kernels:
         ssd_step=ssd.ssd_step,
         hadamard=hadamard.hadamard,
         hadamard_quantize=hadamard.hadamard_quantize,
+    )
+
+
+@functools.cache
+def _triton_solver() -> SolverKernels:
+    from quamba.kernels.triton import gptq
+
+    return SolverKernels(
+        name="triton", round_columns=gptq.round_columns, descend_columns=gptq.descend_columns
     )
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from quamba.errors import QuambaError, one_of
 from quamba.formats.weight import QuantizedWeight, WeightFormat, apply_scale
+from quamba.kernels.registry import choose_solver_kernels
 from quamba.quantization.rtn import absmax_scale, mse_scale, round_to_nearest, store_scale
 
 _REFIT_ROWS = 4096
@@ -242,24 +243,40 @@ def _round_with_feedback(
     feedback = (factor / factor.diagonal()).T.to(weight.dtype).contiguous()
     errors, codes = torch.zeros_like(ordered), torch.empty_like(ordered)
     columns, width = len(ordered), format.group_width(len(ordered))
-    steps = [] if scale is None else list(_steps(scale, weight.dtype))
-    stored_at = order.tolist()
-    for start in range(0, columns, config.block_size):
-        stop = min(start + config.block_size, columns)
+    kernels = choose_solver_kernels(weight)
+    steps = None if scale is None else _steps(scale, weight.dtype)
+    chosen: list[Tensor] = []
+    for start, stop in _blocks(columns, config.block_size, columns if scale is not None else width):
         block = ordered[start:stop] + feedback[start:stop, :start] @ errors[:start]
-        for i in range(start, stop):
-            if scale is None and i % width == 0:
-                group = ordered[i : i + width] + feedback[i : i + width, :i] @ errors[:i]
-                importance = factor.diagonal()[i : i + width].square()
-                steps.extend(_steps(_choose_scale(group.T, format, config, importance), weight.dtype))
-            step = steps[stored_at[i] // width]
-            wanted = block[i - start] + feedback[i, start:i] @ errors[start:i]
-            code = torch.round(wanted / step).clamp_(format.qmin, format.qmax)
-            errors[i] = ordered[i] - code * step
-            codes[stored_at[i]] = code
-    if scale is None:
-        scale = torch.stack(steps, dim=1).to(format.scale_dtype)
-    return codes, scale
+        if steps is not None:
+            block_steps = steps[order[start:stop] // width]
+        else:
+            if start % width == 0:
+                group = slice(start, start + width)
+                wanted = ordered[group] + feedback[group, :start] @ errors[:start]
+                importance = factor.diagonal()[group].square()
+                chosen.append(_choose_scale(wanted.T, format, config, importance))
+            block_steps = _steps(chosen[-1], weight.dtype).expand(stop - start, -1)
+        codes[start:stop], errors[start:stop] = kernels.round_columns(
+            block,
+            ordered[start:stop],
+            feedback[start:stop, start:stop],
+            block_steps,
+            qmin=format.qmin,
+            qmax=format.qmax,
+        )
+    stored = torch.empty_like(codes)
+    stored[order] = codes
+    return stored, torch.cat(chosen, dim=1) if scale is None else scale
+
+
+def _blocks(columns: int, size: int, width: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive blocks, which end at every multiple of ``size`` and of ``width``."""
+    start = 0
+    while start < columns:
+        stop = min((start // size + 1) * size, (start // width + 1) * width, columns)
+        yield start, stop
+        start = stop
 
 
 def _refit_scale(
@@ -322,27 +339,28 @@ def _descend(
     """
     codes = codes.clone()
     columns, width = len(codes), format.group_width(len(codes))
-    steps = list(_steps(scale, weight.dtype))
-    curvature = damped.diagonal().tolist()
+    kernels = choose_solver_kernels(weight)
+    steps = _steps(scale, weight.dtype)
+    group = torch.arange(columns, device=codes.device) // width
     for _ in range(config.sweeps):
         residual = weight - apply_scale(codes.T.contiguous(), scale, weight.dtype)
         slope = damped @ residual.T
-        for start in range(0, columns, config.block_size):
-            stop = min(start + config.block_size, columns)
-            moved = torch.zeros_like(slope[start:stop])
-            for i in range(start, stop):
-                step = steps[i // width]
-                here = slope[i] + damped[i, start:i] @ moved[: i - start]
-                code = torch.round(codes[i] + here / (curvature[i] * step)).clamp_(format.qmin, format.qmax)
-                moved[i - start] = (codes[i] - code) * step
-                codes[i] = code
+        for start, stop in _blocks(columns, config.block_size, columns):
+            codes[start:stop], moved = kernels.descend_columns(
+                slope[start:stop],
+                codes[start:stop],
+                damped[start:stop, start:stop],
+                steps[group[start:stop]],
+                qmin=format.qmin,
+                qmax=format.qmax,
+            )
             slope[stop:] += damped[stop:, start:stop] @ moved
     return codes
 
 
-def _steps(scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Scales by group: one contiguous [N] (or [1]) a group."""
-    return scale.to(dtype).T.contiguous().unbind(0)
+def _steps(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales by group, contiguous: [G, N], or [1, 1] for all."""
+    return scale.to(dtype).T.contiguous()
 
 
 def _check_inputs(weight: Tensor, hessian: Tensor, cross: Tensor | None) -> None:
