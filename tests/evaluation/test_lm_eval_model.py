@@ -12,7 +12,7 @@ import torch
 from tiny_models import tiny_config, tiny_model
 
 import quamba.evaluation.lm_eval_model as lm_eval_model
-import quamba.runtime.generate as runtime
+import quamba.runtime.decode as runtime
 from quamba.api import Model, quantize
 from quamba.calibration.data import CalibrationSpec
 from quamba.checkpoints.tokenizer import Tokenizer, load_tokenizer

@@ -21,7 +21,9 @@ from quamba.models.cache import MambaCache
 from quamba.models.lm import MambaLM
 from quamba.quantization.pipeline import quantize_model
 from quamba.runtime.conversation import Conversation, Message, Template, choose_template
-from quamba.runtime.generate import decode_step, generate, prefill
+from quamba.runtime.decode import decode_step
+from quamba.runtime.generate import generate
+from quamba.runtime.prefill import prefill
 from quamba.runtime.sampling import SamplingParams
 
 QUESTIONS = ("Where is the ship?", "And the captain", "Why?")
@@ -90,10 +92,13 @@ class Script:
         self.passes = 0
         self.raises: dict[int, BaseException] = {}
 
-    def new_cache(self, batch: int) -> Log:
+    def new_cache(self, batch: int, *, working: bool = False) -> Log:
         return Log()
 
-    def __call__(self, ids: Tensor, cache: Log, *, last_only: bool) -> Tensor:
+    def stored_cache(self, cache: Log) -> Log:
+        return cache
+
+    def __call__(self, ids: Tensor, cache: Log, mask: None = None, *, last_only: bool) -> Tensor:
         cache.pieces.append(ids[0].tolist())
         self.passes += 1
         if self.passes in self.raises:
@@ -400,15 +405,15 @@ def test_an_answer_that_has_not_begun_leaves_no_trace(
 def test_an_interrupt_while_reading(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, during: int
 ) -> None:
-    monkeypatch.setattr("quamba.runtime.conversation.PREFILL_PIECE", 10)
+    monkeypatch.setattr("quamba.runtime.prefill.PREFILL_PIECE", 10)
     conversation, script = scripted(tokenizer, "zephyr", "ab")
     passes = script.__class__.__call__
 
-    def interrupted(self: Script, ids: Tensor, cache: Log, *, last_only: bool) -> Tensor:
+    def interrupted(self: Script, *args: Any, last_only: bool) -> Tensor:
         if self.passes == during - 1:
             conversation.interrupt()
         self.to_say = iter(tokenizer.encode("abcd"))
-        return passes(self, ids, cache, last_only=last_only)
+        return passes(self, *args, last_only=last_only)
 
     monkeypatch.setattr(Script, "__call__", interrupted)
     assert held(conversation, ["a long question"]) == [""]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -23,9 +23,12 @@ from quamba.checkpoints.tokenizer import Tokenizer
 from quamba.errors import QuambaError, one_of
 from quamba.models.cache import MambaCache
 from quamba.models.lm import MambaLM
+from quamba.runtime.choice import Choice
 from quamba.runtime.conversation_file import Message, Stored, read_conversation, write_conversation
-from quamba.runtime.generate import PREFILL_PIECE, decode_step
-from quamba.runtime.sampling import SamplingParams, sample
+from quamba.runtime.decode import EagerDecoder, GraphDecoder, new_decoder
+from quamba.runtime.graph import graph_wanted, lease
+from quamba.runtime.prefill import prefill
+from quamba.runtime.sampling import SamplingParams
 from quamba.runtime.stream_text import TextStream, stop_index
 
 #: States kept for ``undo``.
@@ -191,6 +194,10 @@ class _Answer:
         return _Memory(self.asked.text + text, tuple(self.ids), read, cache)
 
 
+class _InterruptedError(Exception):
+    """The reading of a question was interrupted."""
+
+
 class Conversation:
     """Questions and answers, each read once.
 
@@ -201,6 +208,8 @@ class Conversation:
     seed            None: one from torch's global generator. Each answer draws with a generator made from seed
                     and the number of answers before it, so the same calls give the same answers.
     kept_turns      states kept for ``undo``
+    cuda_graph      replay steps, and what is read from the beginning, as CUDA graphs; None: on a GPU with
+                    kernels of its own
 
     The model reads the template's text as far as it is new, and its own answers as the ids that it gave. If
     the new text does not continue what it has read (another system text, a template that rewrites answers),
@@ -218,11 +227,13 @@ class Conversation:
         max_new_tokens: int = 512,
         seed: int | None = None,
         kept_turns: int = KEPT_TURNS,
+        cuda_graph: bool | None = None,
     ) -> None:
         _check_integer("max_new_tokens", max_new_tokens, 1)
         _check_integer("kept_turns", kept_turns, 1)
         _check_integer("seed", 0 if seed is None else seed, 0)
         self.network = network
+        self.cuda_graph = graph_wanted(cuda_graph, network)
         self.tokenizer = tokenizer
         self.template = template if isinstance(template, Template) else choose_template(tokenizer, template)
         self.system = system
@@ -349,26 +360,54 @@ class Conversation:
             raise
         self._keep(answer, finished)
 
-    @torch.inference_mode()
     def _read(self, answer: _Answer) -> Tensor | None:
         """Logits (1, padded_vocab) after the new text; None if interrupted before its end."""
         known = answer.known
-        cache = self.network.new_cache(1) if known.cache is None else known.cache.clone()
         ids = torch.tensor([answer.ids[known.read :]], device=self.network.device)
-        for part in ids.split(PREFILL_PIECE, dim=1):
-            if self._interrupted:
-                return None
-            logits = self.network(part, cache, last_only=True)
+        try:
+            logits, cache = prefill(
+                self.network,
+                ids,
+                cache=known.cache,
+                graph=None if self.cuda_graph else False,
+                before_piece=self._check_interrupted,
+            )
+        except _InterruptedError:
+            return None
         answer.asked = replace(answer.asked, read=len(answer.ids), cache=cache.clone())
         answer.read, answer.cache = len(answer.ids), cache
-        return logits[:, 0]
+        return logits
+
+    def _check_interrupted(self) -> None:
+        if self._interrupted:
+            raise _InterruptedError
 
     def _write(self, answer: _Answer, logits: Tensor, start: float) -> Generator[str, None, Finished]:
+        """The answer in pieces. No step is taken before it is wanted: the state is that of the text."""
+        assert answer.cache is not None
+        with lease(self.network, 1) if self.cuda_graph else nullcontext() as graphs:
+            decoder = new_decoder(
+                self.network,
+                logits,
+                answer.cache,
+                self._next_choice(answer.ids),
+                steps=self.max_new_tokens - 1,
+                graphs=graphs,
+            )
+            try:
+                return (yield from self._pieces(answer, decoder, start))
+            finally:
+                if decoder.shares_cache:
+                    shared, answer.cache = answer.cache, None
+                    answer.cache = None if shared is None else shared.clone()
+
+    def _pieces(
+        self, answer: _Answer, decoder: EagerDecoder | GraphDecoder, start: float
+    ) -> Generator[str, None, Finished]:
         text = TextStream(self.tokenizer, self.template.stop, answer.asked.ids)
-        choose = self._chooser(answer.ids)
         finished: Finished | None = None
         while not self._interrupted:
-            token = choose(logits)
+            (token,) = decoder.tokens()
             piece = ""
             if token in self.tokenizer.eos_token_ids:
                 finished = "eos"
@@ -385,39 +424,18 @@ class Conversation:
             if finished is not None or self._interrupted:
                 break
             start = time.perf_counter()
-            logits = self._step(answer)
+            answer.cache = None  # a Ctrl-C in between finds no cache rather than a wrong one
+            decoder.go_on()
+            answer.read, answer.cache = len(answer.ids), decoder.cache
         if piece := text.end():
             yield piece
         return finished or "interrupted"
 
-    def _step(self, answer: _Answer) -> Tensor:
-        """Logits (1, padded_vocab) after the last id."""
-        cache, answer.cache = answer.cache, None
-        assert cache is not None
-        logits = decode_step(self.network, torch.tensor(answer.ids[-1:], device=self.network.device), cache)
-        answer.read = len(answer.ids)
-        answer.cache = cache  # last, so that a Ctrl-C in between finds no cache rather than a wrong one
-        return logits
-
-    def _chooser(self, ids: Sequence[int]) -> Callable[[Tensor], int]:
-        """Logits (1, padded_vocab) -> the next id, by a generator of this answer's own."""
+    def _next_choice(self, ids: Sequence[int]) -> Choice:
+        """Of one answer, with a generator of its own."""
         vocab = min(self.network.config.vocab_size, self.tokenizer.vocab_size)
-        device = self.network.device
-        seen = torch.zeros(1, vocab, dtype=torch.bool)
-        seen[0, [i for i in ids if i < vocab]] = True
-        seen = seen.to(device)
-        # Hashed, so that the second answer of one seed is not the first of the next.
-        digest = hashlib.sha256(f"{self.seed} {self._begun}".encode()).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
         self._begun += 1
-
-        @torch.inference_mode()
-        def choose(logits: Tensor) -> int:
-            token = int(sample(logits[:, :vocab], self.sampling, seen, generator))
-            seen[0, token] = True
-            return token
-
-        return choose
+        return Choice.seeded(vocab, self.sampling, [list(ids)], self.seed, first=self._begun - 1)
 
     def _keep(self, answer: _Answer, finished: Finished) -> None:
         """The turn becomes part of the conversation, unless that has gone another way meanwhile."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -15,14 +15,15 @@ from torch import Tensor
 from quamba.calibration.data import left_pad
 from quamba.checkpoints.tokenizer import Tokenizer
 from quamba.errors import QuambaError
-from quamba.models.cache import MambaCache
 from quamba.models.lm import MambaLM
-from quamba.runtime.graph import decode_graph
-from quamba.runtime.sampling import SamplingParams, sample, truncated_probabilities
+from quamba.runtime.choice import Choice
+from quamba.runtime.decode import decode_step, new_decoder
+from quamba.runtime.graph import graph_wanted, lease
+from quamba.runtime.prefill import prefill, read
+from quamba.runtime.sampling import SamplingParams
 from quamba.runtime.stream_text import TextStream, stop_index
 
-# Tokens of each prompt read at once: bounds the memory of a long prompt.
-PREFILL_PIECE = 2048
+__all__ = ["Finished", "Generation", "Prompts", "Run", "decode_step", "generate", "prefill"]
 
 Prompts = str | Sequence[str] | Tensor | Sequence[Sequence[int]]
 Finished = Literal["eos", "stop", "length"]
@@ -110,7 +111,7 @@ def generate(
     max_new_tokens  not counting the prompt; a sequence ends earlier at an end-of-text token of the
                     tokenizer or once one of the ``stop`` texts is in its new text
     sampling        None: greedy
-    cuda_graph      replay the step of a token as a CUDA graph: the same tokens, sooner. None: on a GPU with
+    cuda_graph      replay prompts and steps as CUDA graphs: the same tokens, sooner. None: on a GPU with
                     kernels of its own
     seed            None: one from torch's global generator. Row i draws from a generator of its own, made
                     from seed and i, so its draws do not depend on the other rows.
@@ -128,34 +129,8 @@ def generate(
         sampling or SamplingParams(),
         _checked_seed(seed),
         _checked_stop(stop, tokenizer),
-        _checked_graph(cuda_graph, network),
+        graph_wanted(cuda_graph, network),
     )
-
-
-@torch.inference_mode()
-def prefill(
-    network: MambaLM, ids: Tensor, mask: Tensor | None = None, *, piece: int = PREFILL_PIECE
-) -> tuple[Tensor, MambaCache]:
-    """Read prompts: ids (B, L) int64, L >= 1 -> logits (B, padded_vocab) after the last token, and the cache.
-
-    mask   (B, L) bool, False at left padding, or None
-    piece  tokens of a row read at once. Between pieces the state is in the cache's format, so the result is
-           that of one pass where the cache is float, and rounded once a piece where it is int8 or fp16.
-
-    Padding keeps a zero state zero and counts as zero inputs of the convolution, so a piece that is padding
-    through and through leaves the cache empty for the next one.
-    """
-    cache = network.new_cache(len(ids))
-    for start in range(0, ids.shape[1], piece):
-        part = slice(start, start + piece)
-        logits = network(ids[:, part], cache, None if mask is None else mask[:, part], last_only=True)
-    return logits[:, 0], cache
-
-
-@torch.inference_mode()
-def decode_step(network: MambaLM, ids: Tensor, cache: MambaCache) -> Tensor:
-    """One token of each sequence: ids (B,) int64 -> logits (B, padded_vocab). The cache is advanced."""
-    return network(ids[:, None], cache, last_only=True)[:, 0]
 
 
 @dataclass
@@ -170,7 +145,6 @@ class _Timing:
 class _Row:
     """One sequence on its way. ``text`` only where there are stop texts to look for."""
 
-    generator: torch.Generator | None
     text: TextStream | None
     ids: list[int] = field(default_factory=list)
     finished: Finished | None = None
@@ -193,76 +167,47 @@ class _Row:
 def _steps(run: Run, rows: list[_Row], timing: _Timing) -> Iterator[list[int]]:
     """Advance the rows; yields the new id of each, -1 where there is none.
 
-    Rows that have ended are computed along until half of the batch has; then they are dropped, unless a graph
-    of this batch size is there to be replayed.
+    Rows that have ended are computed along. An eager run drops them once they are half of the batch.
     """
     start = time.perf_counter()
-    network, device, eos, vocab = run.network, run.network.device, run.eos_ids, run.vocab
-    ids, mask = left_pad([torch.tensor(prompt) for prompt in run.prompts])
-    logits, cache = prefill(network, ids.to(device), None if mask is None else mask.to(device))
-    seen = _seen(run) if run.sampling.repetition_penalty != 1.0 else None
-    active = list(range(len(rows)))  # row of each line of the batch
-    graph = decode_graph(network, len(rows)) if run.cuda_graph and run.max_new_tokens > 1 else None
-    if graph is not None:
-        graph.take(cache)
-    while True:
-        tokens = _choose(logits[:, :vocab], run.sampling, seen, [rows[i].generator for i in active])
-        new = [-1] * len(rows)
-        for i, token in zip(active, tokens.tolist(), strict=True):  # tolist: here the device is waited for
-            if rows[i].finished is None:
-                new[i] = rows[i].take(token, eos, run.max_new_tokens)
-                timing.tokens += 1
-        timing.step_seconds.append(time.perf_counter() - start)
-        if max(new) >= 0:
-            yield new
-        start = time.perf_counter()
-        running = [line for line, i in enumerate(active) if rows[i].finished is None]
-        if not running:
-            return
-        if graph is None and 2 * len(running) <= len(active):
-            kept = torch.tensor(running, device=device)
-            tokens, cache, seen = tokens[kept], cache.select(kept), None if seen is None else seen[kept]
-            active = [active[line] for line in running]
-        logits = decode_step(network, tokens, cache) if graph is None else graph.step(tokens)
+    network, eos = run.network, run.eos_ids
+    choice = Choice.seeded(run.vocab, run.sampling, run.prompts, run.seed)
+    with lease(network, len(rows)) if run.cuda_graph else nullcontext() as graphs:
+        ids, mask = (None if t is None else t.to(network.device) for t in _padded(run.prompts))
+        assert ids is not None
+        logits, cache = read(network, ids, mask, graphs=graphs)
+        steps = run.max_new_tokens - 1
+        decoder = new_decoder(network, logits, cache, choice, steps=steps, graphs=graphs)
+        active = list(range(len(rows)))  # row of each line of the batch
+        while True:
+            new = [-1] * len(rows)
+            for i, token in zip(active, decoder.tokens(ahead=steps > 0), strict=True):
+                if rows[i].finished is None:
+                    new[i] = rows[i].take(token, eos, run.max_new_tokens)
+                    timing.tokens += 1
+            timing.step_seconds.append(time.perf_counter() - start)
+            if max(new) >= 0:
+                yield new
+            start = time.perf_counter()
+            running = [line for line, i in enumerate(active) if rows[i].finished is None]
+            if not running:
+                return
+            if decoder.drops_rows and 2 * len(running) <= len(active):
+                decoder.keep(running)
+                active = [active[line] for line in running]
+            decoder.go_on()
+            steps -= 1
 
 
-@torch.inference_mode()
-def _choose(
-    logits: Tensor, params: SamplingParams, seen: Tensor | None, generators: list[torch.Generator | None]
-) -> Tensor:
-    """Logits (B, V) -> ids (B,) int64, each row drawn with its own generator; ``seen`` is updated."""
-    if params.greedy:
-        tokens = sample(logits, params, seen)
-    else:
-        rows = zip(truncated_probabilities(logits, params, seen), generators, strict=True)
-        tokens = torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
-    if seen is not None:
-        seen.scatter_(1, tokens[:, None], True)
-    return tokens
-
-
-def _seen(run: Run) -> Tensor:
-    """bool (B, vocab): the ids of each prompt."""
-    seen = torch.zeros(len(run.prompts), run.vocab, dtype=torch.bool)
-    for row, prompt in zip(seen, run.prompts, strict=True):
-        row[[i for i in prompt if i < run.vocab]] = True
-    return seen.to(run.network.device)
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    return left_pad([torch.tensor(prompt, dtype=torch.int64) for prompt in prompts])
 
 
 def _new_rows(run: Run) -> list[_Row]:
     return [
-        _Row(
-            None if run.sampling.greedy else _row_generator(run.seed, i, run.network.device),
-            TextStream(run.tokenizer, run.stop, prompt) if run.stop and run.tokenizer is not None else None,
-        )
-        for i, prompt in enumerate(run.prompts)
+        _Row(TextStream(run.tokenizer, run.stop, prompt) if run.stop and run.tokenizer is not None else None)
+        for prompt in run.prompts
     ]
-
-
-def _row_generator(seed: int, row: int, device: torch.device) -> torch.Generator:
-    # Hashed, so that row 1 of one seed is not row 0 of the next.
-    digest = hashlib.sha256(f"{seed} {row}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _generation(run: Run, prompt: list[int], row: _Row, timing: _Timing) -> Generation:
@@ -329,13 +274,6 @@ def _checked_seed(seed: int | None) -> int:
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise QuambaError(f"The seed is {seed!r}, expected an integer of at least 0.")
     return seed
-
-
-def _checked_graph(asked: bool | None, network: MambaLM) -> bool:
-    on_gpu = network.device.type == "cuda"
-    if asked and not on_gpu:
-        raise QuambaError(f"A CUDA graph needs a CUDA device, and the model is on '{network.device}'.")
-    return on_gpu and network.kernels.name != "reference" if asked is None else asked
 
 
 def _checked_stop(stop: str | Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]:

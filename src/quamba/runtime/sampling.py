@@ -1,13 +1,15 @@
 """From logits to the next token.
 
 Order: repetition penalty, top-k, temperature, top-p, min-p, then one draw. Pure functions of their arguments;
-every row of a batch by itself.
+every row of a batch by itself. The same operations run eagerly and in CUDA graphs, on the CPU and on GPUs: they
+read settings from tensors, never wait for the device, and a draw takes one number from outside.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +55,32 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.top_k == 1 or self.temperature == 0
 
+    @property
+    def rules(self) -> Rules:
+        return Rules(
+            self.greedy,
+            self.repetition_penalty != 1.0,
+            0 if self.greedy else self.top_k,
+            not self.greedy and self.top_p < 1.0,
+            not self.greedy and self.min_p > 0.0,
+        )
+
+    def numbers(self, device: torch.device | str) -> Tensor:
+        """float64 [4] on the device: repetition penalty, temperature, top_p, min_p."""
+        # The bound keeps quotients of logits finite in float32; the distribution is long since one token's.
+        values = (self.repetition_penalty, max(self.temperature, 1e-30), self.top_p, self.min_p)
+        return torch.tensor(values, dtype=torch.float64).to(device)
+
+
+class Rules(NamedTuple):
+    """Which parts of ``SamplingParams`` do anything: what a CUDA graph of the choice is captured for."""
+
+    greedy: bool
+    penalty: bool
+    top_k: int
+    top_p: bool
+    min_p: bool
+
 
 def sample(
     logits: Tensor,
@@ -65,39 +93,79 @@ def sample(
     logits     [B, V] float
     seen       the tokens of prompt and answer so far, for the repetition penalty: bool [B, V], or int64 ids
                [B, T] where -1 is no token; None: nothing is penalised
-    generator  on the device of logits; None: torch's global one
+    generator  on any device; None: torch's global one of the CPU
     returns    [B] int64
     """
-    if params.greedy:
-        return _penalised(logits, params.repetition_penalty, seen).argmax(dim=-1)
-    probabilities = truncated_probabilities(logits, params, seen)
-    return torch.multinomial(probabilities, num_samples=1, generator=generator)[:, 0]
+    uniforms = None
+    if not params.greedy:
+        device = "cpu" if generator is None else generator.device
+        uniforms = torch.rand(len(logits), dtype=torch.float64, generator=generator, device=device)
+        uniforms = uniforms.to(logits.device)
+    return choose(logits, params.rules, params.numbers(logits.device), seen, uniforms)
+
+
+def choose(
+    logits: Tensor, rules: Rules, numbers: Tensor, seen: Tensor | None, uniforms: Tensor | None
+) -> Tensor:
+    """``sample`` with all that changes from call to call on the device of logits, as a CUDA graph needs it.
+
+    numbers   of ``SamplingParams``
+    uniforms  [B] float64 in [0, 1), one draw a row; None if greedy
+    """
+    if rules.greedy:
+        return _penalised(logits, rules, numbers, seen).argmax(dim=-1)
+    assert uniforms is not None
+    return draw(_truncated(logits, rules, numbers, seen), uniforms)
+
+
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The token at which the running sum of the probabilities first exceeds the share ``uniforms`` of it.
+
+    probabilities [B, V] float, uniforms [B] float64 in [0, 1) -> [B] int64, none of probability 0
+
+    Summed as integers, multiples of 2^-52: a sum of floats depends on the order that a device adds them in.
+    """
+    sums = (probabilities.double() * 2.0**52).round_().long().cumsum(dim=-1)
+    total = sums[:, -1:]
+    target = torch.minimum((uniforms[:, None] * total).long(), total - 1)
+    return torch.searchsorted(sums, target, right=True)[:, 0].clamp_(max=sums.shape[-1] - 1)
 
 
 def truncated_probabilities(logits: Tensor, params: SamplingParams, seen: Tensor | None = None) -> Tensor:
     """The distribution that ``sample`` draws from: [B, V] float32, or float64 for float64 logits."""
-    logits = _penalised(logits, params.repetition_penalty, seen)
-    if params.greedy:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    if 0 < params.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(~_largest(logits, params.top_k), -math.inf)
-    # The bound keeps the quotients finite in float32; the distribution is long since one token's.
-    probabilities = (logits / max(params.temperature, 1e-30)).softmax(dim=-1)
-    if params.top_p < 1.0:
-        probabilities = _renormalised(probabilities, _nucleus(probabilities, params.top_p))
-    if params.min_p > 0.0:
+    rules, numbers = params.rules, params.numbers(logits.device)
+    if rules.greedy:
+        logits = _penalised(logits, rules, numbers, seen)
+        one = torch.zeros_like(logits, dtype=_wide(logits))
+        return one.scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    return _truncated(logits, rules, numbers, seen)
+
+
+def _truncated(logits: Tensor, rules: Rules, numbers: Tensor, seen: Tensor | None) -> Tensor:
+    _, temperature, top_p, min_p = numbers.unbind()
+    logits = _penalised(logits, rules, numbers, seen).to(_wide(logits))
+    if 0 < rules.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(~_largest(logits, rules.top_k), -math.inf)
+    probabilities = (logits / temperature).softmax(dim=-1)
+    if rules.top_p:
+        probabilities = _renormalised(probabilities, _nucleus(probabilities, top_p))
+    if rules.min_p:
         largest = probabilities.amax(dim=-1, keepdim=True)
-        probabilities = _renormalised(probabilities, probabilities >= params.min_p * largest)
+        probabilities = _renormalised(probabilities, probabilities >= min_p * largest)
     return probabilities
 
 
-def _penalised(logits: Tensor, penalty: float, seen: Tensor | None) -> Tensor:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if penalty == 1.0 or seen is None:
+def _penalised(logits: Tensor, rules: Rules, numbers: Tensor, seen: Tensor | None) -> Tensor:
+    if not rules.penalty or seen is None:
         return logits
     if seen.dtype != torch.bool:
         seen = _ids_to_mask(seen, logits.shape[-1])
+    logits, penalty = logits.to(_wide(logits)), numbers[0]
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _ids_to_mask(ids: Tensor, vocab: int) -> Tensor:
@@ -115,7 +183,7 @@ def _largest(logits: Tensor, k: int) -> Tensor:
     return above | (tied & (tied.cumsum(dim=-1) <= room))
 
 
-def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+def _nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
     """bool [B, V]: tokens, most probable first, until their sum reaches top_p; the first one always."""
     descending, order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = descending.double().cumsum(dim=-1) - descending.double()
