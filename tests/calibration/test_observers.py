@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quamba.calibration import observers
 from quamba.calibration.observers import (
     AbsMax,
     ChannelMean,
@@ -127,6 +128,33 @@ def test_batching_and_padding_change_no_bit(make: Callable[[], AbsMax | Percenti
                 mask[row, longest - len(document) :] = True
             batched.update(x, mask)
         assert torch.equal(batched.value(), alone.value())
+
+
+@pytest.mark.parametrize("together", [2, 5])
+@pytest.mark.parametrize("alpha", [0.5, 0.98, 0.9999])
+@pytest.mark.parametrize(
+    "groups", [ONE_GROUP, SORTED, MIXED, torch.arange(24) // 23 * 3, torch.arange(128) % 64]
+)
+def test_documents_ranked_together_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, groups: Tensor, alpha: float, together: int
+) -> None:
+    """Padding anywhere, a document of nothing, groups without channels, groups all alike, NaN in one."""
+    x = activations(6, 70, len(groups))
+    x[4, 20, 3] = math.nan
+    mask = torch.rand(6, 70) < torch.tensor([1.0, 0.9, 0.0, 0.5, 1.0, 0.02])[:, None]
+    x[~mask] = 1e9
+    n_groups = int(groups.max()) + 1
+    for chosen in (None, mask):
+        valid = torch.ones_like(mask) if chosen is None else chosen
+        alone, several = (Percentile(groups, n_groups, alpha, sigma=0.5) for _ in range(2))
+        for part in (slice(0, 4), slice(4, 6)):
+            for document, tokens in zip(x[part], valid[part], strict=True):
+                alone.update(document[tokens][None])
+            with monkeypatch.context() as patched:
+                patched.setattr(observers, "_documents_at_once", lambda x: together)
+                several.update(x[part], None if chosen is None else chosen[part])
+            torch.testing.assert_close(several.value(), alone.value(), rtol=0, atol=0, equal_nan=True)
+            assert several.value().isnan().any() == (part.start == 4)
 
 
 @pytest.mark.parametrize("make", OBSERVERS)

@@ -16,6 +16,7 @@ import math
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quamba.errors import QuambaError
@@ -24,6 +25,8 @@ from quamba.errors import QuambaError
 EMA_SIGMA = 0.01
 _BLOCK = 16
 _MANY_GROUPS = 64
+# Of a part of a batch, where not on a CPU; a few copies of them in float32 are made.
+_ELEMENTS_AT_ONCE = 1 << 27
 
 
 class Observer(Protocol):
@@ -110,23 +113,25 @@ class Percentile:
         self._alpha = alpha
         self._sigma = sigma
         # Channels sorted by group, so that a group is a slice: [start, stop) after reordering.
-        self._order = torch.argsort(groups, stable=True)
-        self._in_order = bool((groups[1:] >= groups[:-1]).all())
-        sizes = torch.bincount(groups, minlength=n_groups)
-        self._stops = sizes.cumsum(0).tolist()
+        in_order = bool((groups[1:] >= groups[:-1]).all())
+        self._order = None if in_order else torch.argsort(groups, stable=True)
+        self._sizes: list[int] = torch.bincount(groups, minlength=n_groups).tolist()
         # Many groups of one size, one a channel say, are ranked together.
-        same = n_groups >= _MANY_GROUPS and bool((sizes == sizes[0]).all()) and int(sizes[0]) > 0
-        self._equal_size = int(sizes[0]) if same else None
+        self._alike = n_groups >= _MANY_GROUPS and len(set(self._sizes)) == 1 and self._sizes[0] > 0
         self._mean: Tensor | None = None
         self._n_groups = n_groups
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """x [B, L, C] float, mask [B, L] bool (False: padding, left out)."""
         _check_channels(x.shape[-1], self._groups)
-        for row in range(len(x)):
-            document = x[row] if mask is None else x[row][mask[row]]
-            if document.numel():
-                self._add(self._quantiles(document.float().abs()))
+        lengths: list[int] = [x.shape[1]] * len(x) if mask is None else mask.sum(1).tolist()
+        together = _documents_at_once(x)
+        for start in range(0, len(x), together):
+            part = slice(start, start + together)
+            found = self._quantiles(x[part], None if mask is None else mask[part], lengths[part])
+            for length, current in zip(lengths[part], found, strict=True):
+                if length:
+                    self._add(current)
 
     def value(self) -> Tensor:
         """[K] float32; 0 before the first document and for a group without channels."""
@@ -134,20 +139,29 @@ class Percentile:
             return torch.zeros(self._n_groups, dtype=torch.float32, device=self._groups.device)
         return self._mean.clone()
 
-    def _quantiles(self, magnitudes: Tensor) -> Tensor:
-        if not self._in_order:
-            magnitudes = magnitudes.index_select(1, self._order)
-        if self._equal_size is not None:
-            return _row_quantiles(
-                magnitudes.unflatten(1, (-1, self._equal_size)).transpose(0, 1).flatten(1), self._alpha
-            )
-        found = torch.zeros(self._n_groups, dtype=torch.float32, device=magnitudes.device)
-        start = 0
-        for group, stop in enumerate(self._stops):
-            if stop > start:
-                found[group] = _quantile(magnitudes[:, start:stop], self._alpha)
-            start = stop
-        return found
+    def _quantiles(self, x: Tensor, mask: Tensor | None, lengths: list[int]) -> Tensor:
+        """Of each document and group: [b, K] float32; anything for a document of length 0."""
+        sizes = self._sizes[:1] if self._alike else self._sizes
+        ranks = [[_rank(length * size, self._alpha) for size in sizes] for length in lengths]
+        most = [max(k for k, _ in column) for column in zip(*ranks, strict=True)]
+        values = self._magnitudes(x, mask)
+        if self._alike:
+            values = values.unflatten(2, (-1, sizes[0])).transpose(1, 2).flatten(2)
+            return _between(values.topk(most[0]).values, ranks)
+        largest = []
+        for group, k in zip(values.split(sizes, dim=2), most, strict=True):
+            top = _largest(group, k) if group.numel() else values.new_zeros(len(x), 1)
+            largest.append(F.pad(top, (0, max(most) - top.shape[1])))
+        return _between(torch.stack(largest, dim=1), ranks)
+
+    def _magnitudes(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """|x| with its channels in the order of their groups, float32; -1, below all others, at padding."""
+        values = x.float().abs()
+        if mask is not None:
+            values.masked_fill_(~mask[..., None], -1.0)
+        if self._order is None:
+            return values
+        return values.flatten(0, 1).index_select(1, self._order).view_as(values)
 
     def _add(self, current: Tensor) -> None:
         self._mean = current if self._mean is None else self._mean + self._sigma * (current - self._mean)
@@ -217,43 +231,50 @@ class StatePercentile:
         return self._percentile.value()[:, None]
 
 
-def _quantile(values: Tensor, alpha: float) -> Tensor:
-    """The alpha-quantile of all of values [L, C], sorting only what lies above it."""
-    k, fraction = _rank(values.numel(), alpha)
-    return _between(_candidates(values, k).topk(k).values, fraction)
-
-
-def _row_quantiles(values: Tensor, alpha: float) -> Tensor:
-    """The alpha-quantile of each row of values [K, n]: [K]."""
-    k, fraction = _rank(values.shape[1], alpha)
-    return _between(values.topk(k, dim=1).values, fraction)
+def _documents_at_once(x: Tensor) -> int:
+    """How many documents of x [B, L, C] to work on together: on a CPU one, which may stay in the caches."""
+    return 1 if x.device.type == "cpu" else max(1, _ELEMENTS_AT_ONCE // max(1, x.shape[1] * x.shape[2]))
 
 
 def _rank(n: int, alpha: float) -> tuple[int, float]:
     """k and f: in ascending order, the quantile lies f of the way from the k-th largest to the next."""
+    if n == 0:
+        return 1, 0.0
     position = alpha * (n - 1)
     return n - math.floor(position), position - math.floor(position)
 
 
-def _between(top: Tensor, fraction: float) -> Tensor:
-    """top [..., k] descending; NaN where the largest is NaN."""
-    k = top.shape[-1]
-    low, high = top[..., k - 1].double(), top[..., max(k - 2, 0)].double()
-    found = torch.lerp(low, high, fraction).float()
-    return torch.where(top[..., 0].isnan(), top[..., 0].float(), found)
+def _between(top: Tensor, ranks: list[list[tuple[int, float]]]) -> Tensor:
+    """The quantiles [b, K] from the largest numbers top [b, K, k], descending; NaN where the largest is NaN.
 
-
-def _candidates(values: Tensor, k: int) -> Tensor:
-    """1-D: a superset of the k largest of values [L, C], small when k is.
-
-    The k-th largest of the maxima of disjoint blocks is a bound that at least k values reach.
+    ranks  of b documents in K groups, or in one for all groups alike
     """
-    whole = len(values) // _BLOCK * _BLOCK
-    blocks = values[:whole].unflatten(0, (-1, _BLOCK)).amax(dim=1).flatten()
-    if len(blocks) < k:
-        return values.flatten()
-    bound = blocks.topk(k).values[-1]
-    return values[~(values < bound)]  # not "values >= bound": NaN must stay
+    k = torch.tensor([[k for k, _ in row] for row in ranks]).to(top.device, non_blocking=True)
+    fraction = torch.tensor([[f for _, f in row] for row in ranks], dtype=torch.float64)
+    fraction = fraction.to(top.device, non_blocking=True).expand(top.shape[:2])
+    low, high = (
+        top.gather(2, index.expand(top.shape[:2])[..., None])[..., 0].double()
+        for index in (k - 1, (k - 2).clamp(min=0))
+    )
+    found = torch.lerp(low, high, fraction).float()
+    return torch.where(top[..., 0].isnan(), top[..., 0], found)
+
+
+def _largest(values: Tensor, k: int) -> Tensor:
+    """The k largest numbers of each document of values [b, L, C], descending: [b, k].
+
+    They are among the tokens left over by blocks of a channel and in the k blocks with the largest maxima.
+    """
+    documents, length, channels = values.shape
+    whole = length // _BLOCK * _BLOCK
+    blocks = values[:, :whole].unflatten(1, (-1, _BLOCK))
+    maxima = blocks.amax(dim=2).flatten(1)
+    if maxima.shape[1] <= k:
+        return values.flatten(1).topk(k).values
+    chosen = maxima.topk(k, sorted=False).indices
+    document = torch.arange(documents, device=values.device)[:, None]
+    inside = blocks[document, chosen // channels, :, chosen % channels]
+    return torch.cat([inside.flatten(1), values[:, whole:].flatten(1)], dim=1).topk(k).values
 
 
 def _channels_of(states: Tensor) -> Tensor:
