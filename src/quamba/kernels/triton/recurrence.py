@@ -199,12 +199,14 @@ def write_state(state: tl.tensor, value: tl.tensor, per_step: tl.tensor, inside:
     """Codes of value * per_step (1 / scale), saturated; or a cast that saturates.
 
     Limits of 0 and 1 cost nothing on NVIDIA GPUs, others would be a quarter of a step's instructions. Codes
-    are the nearest integers to 3e-5 of a step.
+    are the nearest integers to 3e-5 of a step. They are computed with 128 added, which an exclusive or takes
+    off: where a byte of a register is stored that a float operation has just written, the assembler (ptxas
+    12.8) converts the float instead, and every code was -1.
     """
     if state.dtype.element_ty == tl.int8:
         unit = tl.minimum(tl.maximum(value * (per_step * (1.0 / 255.0)) + 128.0 / 255.0, 0.0), 1.0)
-        biased = unit * 255.0 + (ROUNDER - 128.0)
-        tl.store(state, biased.to(tl.int32, bitcast=True).to(tl.int8), mask=inside)
+        biased = (unit * 255.0 + ROUNDER).to(tl.int32, bitcast=True)
+        tl.store(state, (biased ^ 128).to(tl.int8), mask=inside)
     elif state.dtype.element_ty == tl.float16:
         limited = tl.where(value > FP16_MAX, FP16_MAX, tl.where(value < -FP16_MAX, -FP16_MAX, value))
         tl.store(state, limited.to(tl.float16), mask=inside)
