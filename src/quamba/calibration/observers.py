@@ -128,6 +128,8 @@ class Percentile:
         together = _documents_at_once(x)
         for start in range(0, len(x), together):
             part = slice(start, start + together)
+            if not any(lengths[part]):
+                continue
             found = self._quantiles(x[part], None if mask is None else mask[part], lengths[part])
             for length, current in zip(lengths[part], found, strict=True):
                 if length:
