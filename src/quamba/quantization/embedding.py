@@ -7,17 +7,20 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from quamba.calibration.collect import Batch
+from quamba.formats.activation import Activation
 from quamba.models.config import MambaConfig
-from quamba.models.lm import MambaLM
+from quamba.models.lm import Backbone, MambaLM
 
 # Second moments of d_model gradients need some multiple of d_model tokens; the start of a text is as good
 # as its rest.
 TOKENS_PER_SEQUENCE = 128
 MAX_SEQUENCES = 128
 # Bytes that the recurrences may keep for the backward pass at once.
-MEMORY_BYTES = 1 << 30
+CPU_MEMORY_BYTES = 1 << 30
+GPU_MEMORY_BYTES = 1 << 32
 
 
 def loss_metric(model: MambaLM, batches: Iterable[Batch]) -> Tensor:
@@ -37,7 +40,7 @@ def loss_metric(model: MambaLM, batches: Iterable[Batch]) -> Tensor:
     step = _batch_size(model)
     for start in range(0, len(sequences), step):
         ids = torch.stack(sequences[start : start + step]).to(model.device)
-        gradient = _gradient(model, ids).reshape(-1, size)
+        gradient = _gradient(model, ids, keep=ids.device.type == "cpu").reshape(-1, size)
         metric.addmm_(gradient.t(), gradient)
     return metric / max(1, len(sequences) * TOKENS_PER_SEQUENCE)
 
@@ -56,19 +59,38 @@ def _sequences(batches: Iterable[Batch]) -> list[Tensor]:
 
 
 def _batch_size(model: MambaLM) -> int:
-    """Sequences whose backward pass fits: Mamba1 keeps a few states a token, Mamba2 little."""
-    config = model.config
+    """Sequences whose backward pass fits: Mamba1 keeps a few states a token, Mamba2 little.
+
+    A GPU keeps those of one block at a time, and needs more sequences to be busy.
+    """
+    config, on_cpu = model.config, model.device.type == "cpu"
+    most = 8 if on_cpu else 32
     if not isinstance(config, MambaConfig):
-        return 8
-    kept = 16 * TOKENS_PER_SEQUENCE * config.d_inner * config.d_state * config.n_layer
-    return max(1, min(8, MEMORY_BYTES // kept))
+        return most
+    kept = 16 * TOKENS_PER_SEQUENCE * config.d_inner * config.d_state * (config.n_layer if on_cpu else 1)
+    return max(1, min(most, (CPU_MEMORY_BYTES if on_cpu else GPU_MEMORY_BYTES) // kept))
 
 
-def _gradient(model: MambaLM, ids: Tensor) -> Tensor:
-    """d(sum of cross-entropy) / d(embedding of each token): (B, L, d_model)."""
+def _gradient(model: MambaLM, ids: Tensor, *, keep: bool) -> Tensor:
+    """d(sum of cross-entropy) / d(embedding of each token): (B, L, d_model).
+
+    keep  all that the backward pass needs; else it goes through each block once more
+    """
+    backbone = model.backbone
     with torch.enable_grad():
-        hidden = model.backbone.embedding(ids).detach().requires_grad_()
-        logits = model.lm_head(model.backbone.read(hidden, None, None))
+        start = backbone.embedding(ids).detach().requires_grad_()
+        normed = backbone.read(start, None, None) if keep else _read_again(backbone, start)
+        logits = model.lm_head(normed)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, hidden)
+        (gradient,) = torch.autograd.grad(loss, start)
     return gradient.float()
+
+
+def _read_again(backbone: Backbone, hidden: Tensor) -> Activation:
+    """``Backbone.read`` that keeps nothing inside of blocks."""
+    residual = None
+    for block in backbone.blocks:
+        hidden, residual = checkpoint(
+            block, hidden, residual, None, None, use_reentrant=False, preserve_rng_state=False
+        )
+    return backbone.norm_f(hidden, residual)[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from quamba.formats.activation import Activation, Quantized, Rounding
 from quamba.formats.weight import QuantizedWeight
 from quamba.kernels.reference.quantize import quantize_or_cast
+from quamba.kernels.reference.slabs import slabs
 
 
 def causal_conv1d(
@@ -53,16 +54,16 @@ def causal_conv1d(
     out = torch.empty(
         values.shape, dtype=torch.int8 if out_scale is not None else out_dtype, device=values.device
     )
-    for b in range(values.shape[0]):  # one sequence at a time stays in the cache
-        row = window[b].to(compute)
-        acc = row[:length] * taps[:, 0].to(compute)
+    for start, stop in slabs(values.shape[0], values.device, cpu_rows=1):  # a sequence stays in the caches
+        part = window[start:stop].to(compute)
+        acc = part[:, :length] * taps[:, 0].to(compute)
         for w in range(1, width):
-            acc.addcmul_(row[w : w + length], taps[:, w].to(compute))
+            acc.addcmul_(part[:, w : w + length], taps[:, w].to(compute))
         if scale is not None:
             acc *= scale
         if bias is not None:
             acc += bias.to(compute)
-        out[b] = quantize_or_cast(F.silu(acc), out_scale, out_dtype, rounding)
+        out[start:stop] = quantize_or_cast(F.silu(acc), out_scale, out_dtype, rounding)
     if mask is not None:
         out *= mask[..., None].to(out.dtype)
     return out

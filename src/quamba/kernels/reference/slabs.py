@@ -9,8 +9,8 @@ import torch
 CPU_ROWS = 512
 
 
-def slabs(n_rows: int, device: torch.device) -> Iterator[tuple[int, int]]:
+def slabs(n_rows: int, device: torch.device, *, cpu_rows: int = CPU_ROWS) -> Iterator[tuple[int, int]]:
     """(start, stop) of each slab; on anything but a CPU all rows are one."""
-    step = CPU_ROWS if device.type == "cpu" else max(n_rows, 1)
+    step = cpu_rows if device.type == "cpu" else max(n_rows, 1)
     for start in range(0, n_rows, step):
         yield start, min(start + step, n_rows)
