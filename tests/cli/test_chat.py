@@ -55,7 +55,8 @@ def expected(*questions: str, sampling: SamplingParams | None = None) -> Iterato
     )
     for question in questions:
         answer = "".join(conversation.say(question)).lstrip()
-        yield answer if answer.endswith("\n") else answer + "\n"
+        answer = answer if answer.endswith("\n") else answer + "\n"
+        yield answer.replace("\r\n", "\n")  # as click's runner gives what was printed
 
 
 def test_answers_are_the_librarys(chat: Chat) -> None:

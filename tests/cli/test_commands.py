@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 
 import quamba
 from quamba.cli.main import main
+from quamba.kernels.registry import REFERENCE, Kernels
 from quamba.recipes.recipe import shipped_names
 
 Run = Callable[..., Result]
@@ -160,6 +164,35 @@ def test_inspect_a_float_model(run: Run, here: Path) -> None:
     assert recipe["size_mib"] < plain["size_mib"]
 
 
+@pytest.mark.parametrize("device", ["cpu", "auto", "cuda", "cuda:1"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says why no GPU is used")
+def test_inspect_says_what_every_op_runs_on(run: Run, here: Path, device: str) -> None:
+    ops = [field.name for field in dataclasses.fields(Kernels) if field.name != "name"]
+    shown = json.loads(run(main, "inspect", "mamba-tiny", "--device", device, "--json").stdout)
+    reason = "they need a CUDA device." if device in ("cpu", "auto") else "and torch sees none here."
+    assert (shown["kernels"], shown["ops"]) == ("reference", dict.fromkeys(ops, "reference"))
+    assert shown["reason"].endswith(reason)
+    text = run(main, "inspect", "mamba-tiny", "--device", device).stdout
+    assert f"Kernels on {device}: reference. {shown['reason']}\n" in text
+    assert [line.split() for line in text.splitlines()[-len(ops) :]] == [[op, "reference"] for op in ops]
+
+
+def test_inspect_tells_backends_apart(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By where each function is from."""
+    fast = types.FunctionType(REFERENCE.linear.__code__, {"__name__": "quamba.kernels.triton.linear"})
+    mixed = dataclasses.replace(REFERENCE, name="triton", linear=fast)
+    monkeypatch.setattr("quamba.kernels.registry.choose_kernels", lambda device, backend="auto": mixed)
+    shown = json.loads(run(main, "inspect", "mamba-tiny", "--device", "cpu", "--json").stdout)
+    assert (shown["kernels"], shown["reason"]) == ("triton", None)
+    assert shown["ops"] == {op: "triton" if op == "linear" else "reference" for op in shown["ops"]}
+    assert "Kernels on cpu: triton.\n" in run(main, "inspect", "mamba-tiny", "--device", "cpu").stdout
+
+
+def test_inspect_without_a_device_speaks_of_no_kernels(run: Run, here: Path) -> None:
+    assert json.loads(run(main, "inspect", "mamba-tiny", "--json").stdout)["kernels"] is None
+    assert "Kernels" not in run(main, "inspect", "mamba-tiny").stdout
+
+
 def test_inspect_a_recipe(run: Run, here: Path) -> None:
     assert json.loads(run(main, "inspect", "--recipe", "w4a8", "--json").stdout)["name"] == "w4a8"
 
@@ -192,6 +225,7 @@ def test_recipes_lists_what_ships(run: Run) -> None:
         (("generate", "mamba2-tiny", "--prompt", "a", "--promptlen", 3), "exclude each other"),
         (("generate", "mamba2-tiny", "--streaming", "--batch_size", 2), "prints one continuation, not 2"),
         (("inspect",), "There is nothing to inspect"),
+        (("inspect", "mamba2-tiny", "--device", "gpu"), "The device is 'gpu', expected 'auto', 'cpu'"),
         (("inspect", "mamba2-tiny", "--recipe", "w4a9"), "Did you mean 'w4a8'?"),
         (("demo", "--assets", "mamba2-tiny"), "expected the assets folder"),
     ],

@@ -13,11 +13,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quamba.cli.console import Command, TqdmProgress, mib, say
-from quamba.cli.flags import QuantizeFlags, device_option, quantize_flags, seed_option
+from quamba.cli.flags import (
+    QuantizeFlags,
+    device_option,
+    graph_choice,
+    graph_option,
+    quantize_flags,
+    seed_option,
+)
 from quamba.errors import QuambaError, nearest
 
 if TYPE_CHECKING:
-    from quamba.api import Model
     from quamba.runtime.conversation import Conversation
 
 DEFAULT_MODEL = "havenhq/mamba-chat"
@@ -57,7 +63,7 @@ TESTING_PROMPTS = (
     help="Of all tokens of the conversation; 1 is off.",
 )
 @click.option("--use_testing_prompts", is_flag=True, help="Ask four fixed questions and leave.")
-@click.option("--cache_graph", is_flag=True, help="Replay decoding as a CUDA graph (GPU only).")
+@graph_option()
 @quantize_flags
 @device_option()
 @seed_option()
@@ -114,8 +120,6 @@ def _begin(argument: str, flags: QuantizeFlags, options: dict[str, Any]) -> Conv
             f"'{model.source}' has no chat template, expected --template zephyr for that of mamba-chat, "
             "--template none for plain text or --template FILE for one of your own."
         )
-    if options["cache_graph"]:
-        say(_graph_note(model))
     return Conversation(
         model.network,
         tokenizer,
@@ -124,12 +128,8 @@ def _begin(argument: str, flags: QuantizeFlags, options: dict[str, Any]) -> Conv
         sampling=sampling,
         max_new_tokens=options["genlen"],
         seed=options["seed"],
+        cuda_graph=graph_choice(options["cache_graph"], model.device),
     )
-
-
-def _graph_note(model: Model) -> str:
-    where = "on a CPU" if model.device.type == "cpu" else "in a conversation yet"
-    return f"--cache_graph has no effect {where}."
 
 
 def _typed_lines() -> Iterator[str]:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from quamba.cli.console import NearestChoice
+from quamba.cli.console import NearestChoice, say
 from quamba.errors import QuambaError, one_of
 
 if TYPE_CHECKING:
+    import torch
+
     from quamba.models.config import ModelConfig
     from quamba.recipes.recipe import Precision, Recipe
 
@@ -177,8 +179,16 @@ def graph_option() -> Callable[[_Function], _Function]:
     return click.option(
         "--cache_graph/--no_cache_graph",
         default=None,
-        help="Replay decoding as a CUDA graph. Default: on a GPU with Triton.",
+        help="Replay prompts and decoding as CUDA graphs. Default: on a GPU with Triton.",
     )
+
+
+def graph_choice(asked: bool | None, device: torch.device) -> bool | None:
+    """What ``--cache_graph`` asks for, as far as the device has graphs; None: wherever they help."""
+    if asked and device.type != "cuda":
+        say("--cache_graph has no effect on a CPU.")
+        return None
+    return asked
 
 
 def seed_option() -> Callable[[_Function], _Function]:

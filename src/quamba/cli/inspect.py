@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ from quamba.cli.console import Command, mib, table
 from quamba.errors import QuambaError
 
 if TYPE_CHECKING:
+    import torch
+
     from quamba.formats.weight import WeightFormat
     from quamba.recipes.plan import BlockPlan, Plan
     from quamba.recipes.recipe import Recipe
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
 @click.argument("model", required=False)
 @click.option("--recipe", metavar="NAME|FILE", help="What this recipe would do to a float MODEL.")
 @click.option("--pretrained_dir", metavar="DIR", help="Where MODEL may be found by its name.")
-@click.option("--device", metavar="cpu|cuda", help="Also say which kernels the model would run on there.")
+@click.option("--device", metavar="cpu|cuda", help="Also say on which backend every op would run there.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     model: str | None, recipe: str | None, pretrained_dir: str | None, device: str | None, as_json: bool
@@ -64,10 +68,10 @@ def command(
         "rotated": plan.rotate,
         "percentile_alpha": None if plan.recipe.solver.kind == "unknown" else plan.alpha,
         "size_mib": round(mib(size_bytes), 3),
-        "kernels": None if device is None else _kernels(device),
     }
+    kernels: dict[str, Any] = {"kernels": None} if device is None else _kernels(device)
     if as_json:
-        click.echo(json.dumps({**facts, "plan": rows}, indent=2))
+        click.echo(json.dumps({**facts, **kernels, "plan": rows}, indent=2))
         return
     for key, value in facts.items():
         if value is not None:
@@ -75,14 +79,57 @@ def command(
     shown = ("part", "precision", "weights", "activations", "state")
     cells = [[row[key] for key in shown] + [f"{mib(row['bytes']):.2f}"] for row in rows]
     click.echo(table((*shown, "MiB"), cells))
+    if device is not None:
+        _print_kernels(kernels, device)
 
 
-def _kernels(device: str) -> str:
-    """The backend of every op: a model is bound to one set of kernels when it is loaded."""
+def _print_kernels(kernels: dict[str, Any], device: str) -> None:
+    reason = f" {kernels['reason']}" if kernels["reason"] else ""
+    click.echo(f"\nKernels on {device}: {kernels['kernels']}.{reason}")
+    click.echo(table(("op", "backend"), list(kernels["ops"].items())))
+
+
+def _kernels(device: str) -> dict[str, Any]:
+    """kernels: those that a model is bound to on this device; reason: why not the fast ones, or None;
+    ops: the backend of every op."""
+    import torch
+
     from quamba.api import choose_device
+    from quamba.kernels.registry import REFERENCE, choose_kernels
+
+    kernels, reason = REFERENCE, None
+    if device.partition(":")[0] == "cuda" and torch.cuda.device_count() == 0:
+        reason = "The Triton kernels need a CUDA device, and torch sees none here."
+    else:
+        target = choose_device(device)
+        kernels = choose_kernels(target)
+        if kernels.name == "reference":
+            reason = _without_triton(target)
+    return {
+        "kernels": kernels.name,
+        "reason": reason,
+        "ops": {
+            field.name: _backend(getattr(kernels, field.name))
+            for field in dataclasses.fields(kernels)
+            if field.name != "name"
+        },
+    }
+
+
+def _without_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels do not run on a device."""
     from quamba.kernels.registry import choose_kernels
 
-    return choose_kernels(choose_device(device)).name
+    try:
+        choose_kernels(device, "triton")
+    except QuambaError as error:
+        return f"{str(error).split('; use ')[0]}."
+    return None
+
+
+def _backend(op: Callable[..., Any]) -> str:
+    """The folder of ``kernels/`` that a function is from."""
+    return op.__module__.removeprefix("quamba.kernels.").partition(".")[0]
 
 
 def _float_plan(folder: Path, recipe: Recipe | None) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -11,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quamba.cli.console import Command, NearestChoice, TqdmProgress, mib, say, table
-from quamba.cli.flags import QuantizeFlags, device_option, quantize_flags, seed_option
+from quamba.cli.flags import (
+    QuantizeFlags,
+    device_option,
+    graph_choice,
+    graph_option,
+    quantize_flags,
+    seed_option,
+)
 from quamba.errors import QuambaError
 
 if TYPE_CHECKING:
@@ -44,7 +52,7 @@ _POSITIVE = click.IntRange(min=1)
     show_default=True,
     help="Stop a mode after so long, warm-ups included, with however many runs are done.",
 )
-@click.option("--cache_graph", is_flag=True, help="Replay decoding as a CUDA graph (GPU only).")
+@graph_option()
 @click.option(
     "--compare",
     type=NearestChoice(["fp16"]),
@@ -86,8 +94,8 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
         )
         progress.close()
         float_source = _float_source(got.model) if options["compare"] else None
-        if options["cache_graph"]:
-            say(_graph_note(got.model))
+        graph = graph_choice(options["cache_graph"], got.model.device)
+        spec = dataclasses.replace(spec, cuda_graph=graph)
         report = profile(got.model.network, spec, progress=progress)
         progress.close()
         traces: list[Trace] = []
@@ -172,12 +180,6 @@ def _float_source(model: Model) -> str:
     return model.source
 
 
-def _graph_note(model: Model) -> str:
-    if model.device.type == "cpu":
-        return "--cache_graph has no effect on a CPU."
-    return "--cache_graph has no effect yet: CUDA graphs come in a later release."
-
-
 def _notes(report: ProfileReport, baseline: ProfileReport | None) -> list[str]:
     """What ended early, if anything."""
     limit = f"--max_seconds {report.spec.max_seconds:g}"
@@ -225,7 +227,7 @@ def _print(model: Model, report: ProfileReport, baseline: ProfileReport | None) 
     if report.latencies:
         click.echo(
             f"\nBatch {spec.batch_size}, prompts of {spec.prompt_len} random tokens, "
-            f"{spec.gen_len} new tokens in ttlt:"
+            f"{spec.gen_len} new tokens in ttlt{', CUDA graphs' if spec.cuda_graph else ''}:"
         )
         _print_latencies(report, baseline)
     for line in _facts(report):

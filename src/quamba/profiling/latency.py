@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quamba.models.cache import MambaCache
 from quamba.models.lm import MambaLM
 from quamba.profiling.machine import EnergyMeter
 from quamba.profiling.spec import Mode, ProfileSpec
 from quamba.quantization.pipeline import Progress
-from quamba.runtime.generate import decode_step, prefill
+from quamba.runtime.choice import Choice, Chooser
+from quamba.runtime.decode import decode_step
+from quamba.runtime.graph import DecodeGraph, graph_wanted
+from quamba.runtime.prefill import prefill
+from quamba.runtime.sampling import SamplingParams
 
 #: Untimed runs before the timed ones, fewer where they would take this share of the mode's time.
 WARMUPS: dict[Mode, int] = {"ttft": 10, "tpot": 10, "ttlt": 5}
@@ -65,31 +70,63 @@ class Latency:
 
 
 def job(network: MambaLM, mode: Mode, spec: ProfileSpec) -> Job:
-    """A fresh random prompt for each run of ttft and ttlt; tpot goes on from one prompt, step after step."""
+    """A fresh random prompt for each run of ttft and ttlt; tpot goes on from one prompt, step after step.
+
+    As CUDA graphs, prompts and steps are captured now or in the first run.
+    """
     prompts = _random_prompts(network, spec)
+    graphs = graph_wanted(spec.cuda_graph, network)
     if mode == "ttft":
         return Job(
-            lambda: next(prompts), lambda ids: prefill(network, ids), spec.batch_size * spec.prompt_len
+            lambda: next(prompts),
+            lambda ids: prefill(network, ids, graph=graphs),
+            spec.batch_size * spec.prompt_len,
         )
+    step = greedy_graph(network, spec.batch_size) if graphs else None
     if mode == "ttlt":
         return Job(
             lambda: next(prompts),
-            lambda ids: greedy(network, ids, spec.gen_len),
+            lambda ids: greedy(network, ids, spec.gen_len, step),
             spec.batch_size * spec.gen_len,
         )
     assert mode == "tpot", mode
-    logits, cache = prefill(network, next(prompts))
+    logits, cache = prefill(network, next(prompts), graph=False)
     token = _choose(network, logits)
+    if step is not None:
+        graph = _begun(step, token, cache)
+        return Job(lambda: graph.ids, lambda _: graph.advance(), spec.batch_size)
     return Job(lambda: token, lambda ids: _choose(network, decode_step(network, ids, cache)), spec.batch_size)
 
 
-def greedy(network: MambaLM, prompt: Tensor, gen_len: int) -> Tensor:
-    """prompt (B, L) int64 -> the new ids (B, gen_len), chosen on the device, end-of-text tokens or not."""
-    logits, cache = prefill(network, prompt)
+def greedy_graph(network: MambaLM, batch: int) -> DecodeGraph:
+    """The step of a batch with the choice of the most likely ids."""
+    greedy = SamplingParams()
+    chooser = Chooser(batch, network.config.vocab_size, greedy.rules, network.device)
+    chooser.begin(Choice(network.config.vocab_size, greedy, [()] * batch, ()))
+    return DecodeGraph(network, batch, chooser)
+
+
+def greedy(network: MambaLM, prompt: Tensor, gen_len: int, step: DecodeGraph | None = None) -> Tensor:
+    """prompt (B, L) int64 -> the new ids (B, gen_len), chosen on the device, end-of-text tokens or not.
+
+    step  ``greedy_graph`` of the batch size, or None: no CUDA graphs
+    """
+    logits, cache = prefill(network, prompt, graph=step is not None)
     tokens = [_choose(network, logits)]
+    if step is not None:
+        _begun(step, tokens[0], cache)
     for _ in range(gen_len - 1):
-        tokens.append(_choose(network, decode_step(network, tokens[-1], cache)))
+        if step is not None:
+            tokens.append(step.advance().clone())
+        else:
+            tokens.append(_choose(network, decode_step(network, tokens[-1], cache)))
     return torch.stack(tokens, dim=1)
+
+
+def _begun(step: DecodeGraph, ids: Tensor, cache: MambaCache) -> DecodeGraph:
+    step.ids.copy_(ids)
+    step.take(cache)
+    return step
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ from quamba.profiling.operations import Operations, prefill_operations
 from quamba.profiling.size import SizeReport, measure_size, step_bytes
 from quamba.profiling.spec import Mode, ProfileSpec
 from quamba.quantization.pipeline import Progress, Silent
+from quamba.runtime.graph import graph_wanted
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Traffic:
 class ProfileReport:
     """What was measured; None and missing keys stand for modes that were not asked for.
 
+    spec     as asked for, with ``cuda_graph`` decided
     dtype    of floats between leaves, such as "float32"
     threads  of torch on the CPU
     """
@@ -106,6 +108,7 @@ def profile(
     The prompts are random ids, the same for equal seeds.
     """
     spec, progress = spec or ProfileSpec(), progress or Silent()
+    spec = dataclasses.replace(spec, cuda_graph=graph_wanted(spec.cuda_graph, network))
     device = network.device
     reset_peak(device)
     latencies = {mode: measure(network, mode, spec, progress) for mode in spec.timed_modes}

@@ -22,6 +22,7 @@ class ProfileSpec:
     repeats      timed runs of each mode, fewer where max_seconds ends them
     max_seconds  time of each mode, warm-ups included; one warm-up and one timed run are always done
     seed         of the random prompts
+    cuda_graph   replay prompts and steps as CUDA graphs; None: on a GPU with kernels of its own
     """
 
     modes: tuple[Mode, ...] = MODES
@@ -31,6 +32,7 @@ class ProfileSpec:
     repeats: int = 100
     max_seconds: float = 60.0
     seed: int = 1234
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.modes:

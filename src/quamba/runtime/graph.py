@@ -1,7 +1,7 @@
 """CUDA graphs of a network: one launch for a step of decoding or a piece of a prompt instead of hundreds.
 
-A graph reads and writes tensors at fixed addresses. The graphs of one network and batch size share their states
-and their memory (``BatchGraphs``), so only one prompt or answer uses them at a time (``lease``).
+A graph reads and writes tensors at fixed addresses. Those of a network and batch size share their states and
+memory (``BatchGraphs``), so only one prompt or answer uses them at a time (``lease``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading prompts: in pieces of bounded memory, as CUDA graphs where Python would take longer than the GPU."""
+"""Reading prompts: in pieces of bounded memory, as CUDA graphs where Python would be slower than the GPU."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """From logits to the next token.
 
 Order: repetition penalty, top-k, temperature, top-p, min-p, then one draw. Pure functions of their arguments;
-every row of a batch by itself. The same operations run eagerly and in CUDA graphs, on the CPU and on GPUs: they
-read settings from tensors, never wait for the device, and a draw takes one number from outside.
+every row of a batch by itself. The same operations run eagerly and in CUDA graphs, on the CPU and on GPUs:
+settings are read from tensors, nothing waits for the device, and a draw takes one number from outside.
 """
 
 from __future__ import annotations
