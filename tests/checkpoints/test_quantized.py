@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -520,6 +521,14 @@ def test_a_report_is_read_whole_or_not_at_all(folder):
         read_quantized(folder)
     (folder / "quantization_report.json").unlink()
     assert read_quantized(folder).report is None
+
+
+def test_a_report_says_what_a_gpu_needed(folder, mixed):
+    _, _, report = mixed
+    assert "peak_gpu_bytes" not in report.to_dict()
+    measured = dataclasses.replace(report, peak_gpu_bytes=7)
+    (folder / "quantization_report.json").write_text(json.dumps(measured.to_dict()))
+    assert read_quantized(folder).report == measured
 
 
 def test_reading_it_as_a_float_model_says_what_it_is(folder):

@@ -42,6 +42,14 @@ def test_quantize_saves_what_the_library_would(small: Path) -> None:
     assert (model.report.calibration["source"], model.report.calibration["num"]) == ("calib.txt", 4)
 
 
+def test_quantize_says_what_a_gpu_needed(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("quantize", "mamba2-tiny", "--recipe", "w8a8", "-o", "out", *QUANTIZE, "--force")
+    assert "GPU" not in run(main, *arguments).stdout
+    monkeypatch.setattr("quamba.quantization.pipeline.peak_memory_bytes", lambda device: 3 << 29)
+    assert "Peak GPU memory 1.5 GiB, the float model included." in run(main, *arguments).stdout
+    assert json.loads(run(main, *arguments, "--json").stdout)["peak_gpu_bytes"] == 3 << 29
+
+
 @pytest.mark.parametrize("recipe", shipped_names())
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_every_shipped_recipe(run: Run, here: Path, recipe: str, family: str) -> None:

@@ -8,10 +8,12 @@ import torch
 
 from quamba.errors import QuambaError
 from quamba.formats.weight import QuantizedWeight, WeightFormat, apply_scale, round_significant
+from quamba.quantization import gptq
 from quamba.quantization.gptq import (
     PLAIN_GPTQ,
     GptqConfig,
     _refit_scale,
+    accumulate_code_moments,
     accumulate_cross,
     accumulate_hessian,
     relative_loss,
@@ -66,6 +68,25 @@ def test_cross_moments_have_the_float_inputs_in_the_rows():
     cross = torch.zeros(4, 4, dtype=torch.float64)
     assert accumulate_cross(cross, x, x_hat, 0) == 9
     torch.testing.assert_close(cross, 2 / 9 * sum(torch.outer(a, b) for a, b in zip(x, x_hat, strict=True)))
+
+
+def test_moments_of_codes_are_those_of_their_real_values(monkeypatch):
+    monkeypatch.setattr(gptq, "_EXACT_TOKENS", 5)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (7, 5, 12), generator=generator).to(torch.int8)
+    codes[0, 0] = -128
+    scale = torch.tensor(0.03)
+    hessian, count = torch.zeros(12, 12, dtype=torch.float64), 0
+    for batch in (codes[:0], codes[:1], codes[1:6], codes[6:]):
+        count = accumulate_code_moments(hessian, batch, scale, count)
+    x = codes.view(-1, 12).double() * scale.double()
+    assert count == 35
+    torch.testing.assert_close(hessian, 2 / 35 * x.T @ x, rtol=1e-13, atol=0)
+    largest = torch.full((1 << 17, 16), -128, dtype=torch.int8)
+    monkeypatch.undo()
+    full = torch.zeros(16, 16)
+    accumulate_code_moments(full, largest, torch.tensor(1.0), 0)
+    assert bool((full == 2 * 128**2).all())
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -42,7 +42,8 @@ class CalibrationSpec:
     """Which calibration text to use and how much of it.
 
     data is a local path, a hub dataset ``OWNER/NAME[:CONFIG[:SPLIT]]``, or None for the Pile's validation
-    file; num sequences of at most seqlen tokens are taken; batch_size changes the speed only.
+    file; num sequences of at most seqlen tokens are taken; batch_size changes the speed only, and a GPU with
+    room for more takes more at once.
     """
 
     data: str | Path | None = None

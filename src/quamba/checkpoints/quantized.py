@@ -243,7 +243,8 @@ def _read_report(folder: Path) -> Report | None:
         return None
     fields = read_json(path)
     known = {field.name for field in dataclasses.fields(Report)}
-    for key in fields.keys() ^ known:
+    optional = {field.name for field in dataclasses.fields(Report) if field.default is None}
+    for key in (fields.keys() ^ known) - (optional - fields.keys()):
         state = "lacks" if key in known else "has the unknown key"
         raise QuambaError(f"'{path}' {state} '{key}'.{nearest(key, known - {key})}")
     return Report(**fields)

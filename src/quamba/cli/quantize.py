@@ -35,7 +35,11 @@ def _calibration(function: Any) -> Any:
 @click.option("-o", "--output", required=True, metavar="OUT", help="Folder to write.")
 @_calibration
 @click.option(
-    "--batch_size", type=click.IntRange(min=1), default=8, show_default=True, help="Samples at once."
+    "--batch_size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Samples at once; a GPU takes more.",
 )
 @seed_option()
 @percentile_option()
@@ -107,6 +111,8 @@ def _print(report: Report, source: Path, folder: Path, as_json: bool) -> None:
     click.echo(table(header, [[_cell(line.get(key)) for key in keys] for line in report.layers]))
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
     click.echo(f"{sum(report.seconds.values()):.1f} s ({stages}); weights {before:.1f} -> {after:.1f} MiB.")
+    if report.peak_gpu_bytes is not None:
+        click.echo(f"Peak GPU memory {report.peak_gpu_bytes / 2**30:.1f} GiB, the float model included.")
     click.echo(f"Saved to '{folder}'.")
 
 

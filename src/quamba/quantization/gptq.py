@@ -27,10 +27,13 @@ from torch import Tensor
 
 from quamba.errors import QuambaError, one_of
 from quamba.formats.weight import QuantizedWeight, WeightFormat, apply_scale
+from quamba.kernels.reference.linear import int_matmul
 from quamba.kernels.registry import choose_solver_kernels
 from quamba.quantization.rtn import absmax_scale, mse_scale, round_to_nearest, store_scale
 
 _REFIT_ROWS = 4096
+# Tokens whose products of codes, at most 2^14 each, int32 can sum.
+_EXACT_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +120,22 @@ def accumulate_cross(cross: Tensor, x: Tensor, x_hat: Tensor, count: int) -> int
     with _full_precision_matmul():
         cross.mul_(count / (count + tokens)).addmm_(x.T, x_hat, alpha=2 / (count + tokens))
     return count + tokens
+
+
+def accumulate_code_moments(hessian: Tensor, codes: Tensor, scale: Tensor, count: int) -> int:
+    """``accumulate_hessian`` for ``x = scale * codes``; products are summed as integers, without rounding.
+
+    codes  [..., K] int8
+    scale  () float
+    """
+    codes = codes.reshape(-1, codes.shape[-1])
+    for start in range(0, len(codes), _EXACT_TOKENS):
+        columns = codes[start : start + _EXACT_TOKENS].T.contiguous()
+        sums = int_matmul(columns, columns).to(hessian.dtype)
+        total = count + columns.shape[1]
+        hessian.mul_(count / total).add_(sums.mul_(scale.to(hessian.dtype).square()), alpha=2 / total)
+        count = total
+    return count
 
 
 def solve(

@@ -22,6 +22,7 @@ from quamba.models.mamba2 import Mamba2Mixer
 from quamba.quantization.convert import nearest, set_block_formats
 from quamba.quantization.embedding import loss_metric
 from quamba.quantization.gptq import solve
+from quamba.quantization.memory import Batches, in_large_batches, peak_memory_bytes, reset_peak_memory
 from quamba.quantization.parameters import round_parameters
 from quamba.quantization.solve import ProjectionSolver, report_line, solver_config
 from quamba.quantization.streams import first_sequences
@@ -35,12 +36,6 @@ from quamba.transforms.rotate import rotate
 
 # Enough text for means of channels; the scales, which are extremes, come from all of it.
 HEAD_STATISTICS_SEQUENCES = 128
-
-
-class Batches(Protocol):
-    """A calibration set: the same batches each time it is iterated (``calibration/data.py``)."""
-
-    def batches(self) -> Iterator[Batch]: ...
 
 
 class Progress(Protocol):
@@ -76,7 +71,11 @@ def quantize_model(
         )
     progress = progress or Silent()
     report = Report(recipe.to_dict(), calibration.to_dict() if calibration is not None else {})
-    clock = _Clock(report.seconds)
+    device = model.device
+    clock = _Clock(report.seconds, device)
+    reset_peak_memory(device)
+    if calibration is not None:
+        calibration = in_large_batches(calibration, model.config, device)
     with clock("transforms"):
         # The reference kernels: calibration hooks and gradients need nothing but torch.
         model = copy.deepcopy(model).set_compute_dtype(torch.float32).use_kernels(REFERENCE)
@@ -96,6 +95,7 @@ def quantize_model(
         blocks, head_scale = _activation_scales(model, plan, orders, calibration, progress)
     with clock("weights"):
         _quantize_weights(model, float_model, plan, blocks, head_scale, calibration, progress, report)
+    report.peak_gpu_bytes = peak_memory_bytes(device)
     return model, plan, report
 
 
@@ -211,13 +211,15 @@ def _watch(
 
 
 class _Clock:
-    """Adds the wall time of a ``with`` block to a stage."""
+    """Adds the wall time of a ``with`` block to a stage, until the GPU has done what it asked for."""
 
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self._seconds = seconds
+    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
+        self._seconds, self._device = seconds, device
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self._seconds[stage] = round(self._seconds.get(stage, 0.0) + time.perf_counter() - start, 3)

@@ -20,7 +20,9 @@ from quamba.formats.weight import QuantizedWeight, WeightFormat, apply_scale, ro
 # than it can gain; a little above 1 can help because the grid then lands better.
 SHRINK_FACTORS = tuple(round(0.40 + 0.03 * i, 2) for i in range(23))
 _REFITS = 3
-_CHUNK_ELEMENTS = 1 << 22
+# Weights whose scales are searched together; elsewhere than on a CPU enough to hide the launches.
+_CPU_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = 1 << 25
 
 
 def round_to_nearest(
@@ -89,7 +91,8 @@ def _least_squares(weight: Tensor, format: WeightFormat, importance: Tensor) -> 
     members = importance.to(groups)
     members = members.repeat(weight.shape[0]) if groups.shape[0] < weight.shape[0] else members
     members = members.view(1, *groups.shape[1:])
-    rows = max(1, _CHUNK_ELEMENTS // groups[0].numel())
+    together = _CPU_CHUNK_ELEMENTS if groups.device.type == "cpu" else _CHUNK_ELEMENTS
+    rows = max(1, together // groups[0].numel())
     return torch.cat(
         [_search(w, s, members, format) for w, s in zip(groups.split(rows), start.split(rows), strict=True)]
     )

@@ -14,7 +14,13 @@ from quamba.formats.weight import WeightFormat
 from quamba.models.lm import MambaLM
 from quamba.modules.linear import Linear
 from quamba.quantization.convert import nearest
-from quamba.quantization.gptq import GptqConfig, accumulate_cross, accumulate_hessian, solve
+from quamba.quantization.gptq import (
+    GptqConfig,
+    accumulate_code_moments,
+    accumulate_cross,
+    accumulate_hessian,
+    solve,
+)
 from quamba.quantization.streams import Stream
 from quamba.recipes.recipe import Solver
 
@@ -100,13 +106,22 @@ def moments(
     others = iter(()) if targets is None else iter(targets)
     count = cross_count = 0
     for seen, mask in zip(inputs, masks, strict=True):
-        if linear.input_scale_folded and isinstance(seen, Quantized):
-            seen = seen.codes.float()
+        seen = _in_units_of(linear, seen)
         x = _valid(as_float(seen), mask)
-        count = accumulate_hessian(hessian, x, count)
+        if isinstance(seen, Quantized) and seen.scale.ndim == 0 and seen.codes.is_cuda:
+            count = accumulate_code_moments(hessian, _valid(seen.codes, mask), seen.scale, count)
+        else:
+            count = accumulate_hessian(hessian, x, count)
         if cross is not None:
             cross_count = accumulate_cross(cross, _valid(as_float(next(others)), mask), x, cross_count)
     return hessian, cross
+
+
+def _in_units_of(linear: Linear, x: Activation) -> Activation:
+    """What the columns of the weight are multiplied with: codes of scale 1 where they contain the scale."""
+    if linear.input_scale_folded and isinstance(x, Quantized):
+        return Quantized(x.codes, torch.ones((), device=x.codes.device))
+    return x
 
 
 def _valid(x: Tensor, mask: Tensor | None) -> Tensor:

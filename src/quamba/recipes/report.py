@@ -15,6 +15,7 @@ class Report:
                  tr((W - Q) H (W - Q)^T) / tr(W H W^T) of rounding to nearest and of the solver
     head_groups  one ``ChannelOrder`` a block, where heads were grouped
     seconds      wall time a stage
+    peak_gpu_bytes  the most that tensors took on the GPU, the float model included; None without one
     """
 
     recipe: dict[str, Any]
@@ -22,6 +23,8 @@ class Report:
     layers: list[dict[str, Any]] = field(default_factory=list)
     head_groups: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_gpu_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """JSON-ready; what is None is left out."""
+        return {name: value for name, value in vars(self).items() if value is not None}
