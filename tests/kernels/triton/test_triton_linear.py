@@ -9,6 +9,7 @@ from torch import Tensor
 from quamba.formats.activation import Quantized
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.reference import linear as reference
+from quamba.kernels.triton import linear as module
 from quamba.kernels.triton.linear import FEW_ROWS, linear
 
 FORMATS = {
@@ -106,6 +107,66 @@ def test_half_activations(format: str, tokens: int, device: str) -> None:
     scale = torch.tensor(float(exact.abs().max()) / 100, device=device)
     codes = linear(x, weight, out_scale=scale)
     assert int((codes - (exact / scale).round()).abs().max()) <= 1
+
+
+@pytest.mark.parametrize("format", ["int4-group", "int4-two-level", "int4-channel"])
+def test_many_rows_of_codes(format: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights become int8 in parts; the results are those of few rows."""
+    monkeypatch.setattr(module, "PACKED_ROWS", 8)
+    monkeypatch.setattr(module, "_MOST_UNPACKED", 20 * 256)
+    weight, x = random_weight(FORMATS[format], 37, 256, device), random_codes((9, 256), device)
+    bias, scale = torch.randn(37, device=device), torch.rand(37, device=device) * 0.1 + 0.02
+    for outputs in ({}, {"out_scale": scale}, {"out_dtype": torch.float16}):
+        many = linear(x, weight, bias, **outputs)
+        few = linear(Quantized(x.codes[:8], x.scale), weight, bias, **outputs)
+        assert torch.equal(many[:8], few)
+    expected = reference.linear(x, weight, bias)
+    torch.testing.assert_close(linear(x, weight, bias), expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_many_rows_of_floats(
+    format: WeightFormat, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library multiplies what the reference would, in parts of the features."""
+    monkeypatch.setattr(module, "HALF_ROWS", 8)
+    monkeypatch.setattr(module, "_MOST_UNPACKED", 20 * 256)
+    weight = random_weight(format, 37, 256, device)
+    x = torch.randn(3, 3, 256, device=device, dtype=dtype)
+    for bias in (None, torch.randn(37, device=device)):
+        y, expected = (
+            linear(x, weight, bias, out_dtype=dtype),
+            reference.linear(x, weight, bias, out_dtype=dtype),
+        )
+        assert y.dtype == dtype and y.shape == (3, 3, 37)
+        within = {torch.float16: 2e-3, torch.float32: 1e-5}[dtype] * float(expected.abs().max())
+        torch.testing.assert_close(y, expected, rtol=0, atol=within)
+        wide = linear(x, weight, bias, out_dtype=torch.float32)
+        assert wide.dtype == torch.float32 and torch.equal(wide, y.float())
+        scale = torch.rand(37, device=device) * 0.1 + 0.02
+        codes = linear(x, weight, bias, out_scale=scale)
+        assert codes.dtype == torch.int8
+        assert torch.equal(codes, (y.float() / scale).round().clamp(-128, 127).to(torch.int8))
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_two_levels_of_scales_take_no_more_memory(tokens: int, device: str) -> None:
+    weight = random_weight(FORMATS["int4-two-level"], 16, 256, device)
+    before = set(vars(weight))
+    linear(random_codes((tokens, 256), device), weight)
+    linear(torch.randn(tokens, 256, device=device).half(), weight)
+    assert set(vars(weight)) == before
+
+
+def test_clamped_levels(device: str) -> None:
+    """Published files may hold scales that take codes beyond int8."""
+    weight = random_weight(FORMATS["int4-two-level"], 16, 256, device)
+    weight.scale.mul_(1.5)
+    assert bool((weight.integers()[0] == -128).any()) and bool((weight.integers()[0] == 127).any())
+    for tokens in (1, FEW_ROWS + 1):
+        x = random_codes((tokens, 256), device)
+        assert torch.equal(linear(x, weight), reference.linear(x, weight))
 
 
 def test_float_weights_and_empty_batches(device: str) -> None:

@@ -1,0 +1,49 @@
+"""Weights written out: every bit of what the format defines."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quamba.formats.weight import QuantizedWeight, WeightFormat
+from quamba.kernels.triton.unpack import unpack
+
+FORMATS = {
+    "int8-channel": WeightFormat(8, "channel"),
+    "int8-tensor": WeightFormat(8, "tensor"),
+    "int8-group": WeightFormat(8, "group", 16),
+    "int4-channel": WeightFormat(4, "channel"),
+    "int4-group": WeightFormat(4, "group", 128),
+    "int4-group-of-3": WeightFormat(4, "group", 3),
+    "int4-two-level": WeightFormat(4, "two_level", 128),
+}
+DTYPES = [
+    torch.int8,
+    torch.float16,
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available(),
+            reason="Triton's interpreter truncates floats to bfloat16: needs CUDA",
+        ),
+    ),
+]
+
+
+def random_weight(format: WeightFormat, features: int, inputs: int) -> QuantizedWeight:
+    data = torch.randint(0, 256, format.data_shape((features, inputs)), dtype=torch.uint8)
+    scale = torch.rand(format.scale_shape((features, inputs))) * 20 + 0.01
+    row = torch.rand(features, 1) + 0.01 if format.granularity == "two_level" else None
+    return QuantizedWeight(data.view(format.data_dtype), scale.to(format.scale_dtype), format, row)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_every_bit(format: WeightFormat, dtype: torch.dtype, device: torch.device) -> None:
+    weight = random_weight(format, 29, 384).to(device)
+    expected = weight.integers()[0] if dtype == torch.int8 else weight.dequantize(dtype)
+    found = unpack(weight, dtype)
+    assert found.dtype == dtype and torch.equal(found, expected)
+    assert torch.equal(unpack(weight, dtype, 7, 20), expected[7:20])
+    assert unpack(weight, dtype, 7, 7).shape == (0, 384)
