@@ -7,11 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from emulated_graphs import emulate_graphs
 from tiny_models import tiny_config, tiny_model
 from torch import Tensor
 
 from quamba.models.lm import MambaLM
-from quamba.profiling.latency import WARMUPS, greedy, job, measure, percentile, summary
+from quamba.profiling.latency import WARMUPS, greedy, greedy_graph, job, measure, percentile, summary
 from quamba.profiling.spec import Mode, ProfileSpec
 from quamba.quantization.pipeline import Silent
 from quamba.runtime.generate import generate, prefill
@@ -75,6 +76,38 @@ def test_the_tokens_are_those_of_generate(network: MambaLM) -> None:
     expected = [row.ids for row in generate(network, None, prompt, max_new_tokens=4).collect()]
     assert greedy(network, prompt, 4).tolist() == expected
     assert greedy(network, prompt, 1).tolist() == [ids[:1] for ids in expected]
+
+
+def test_graphs_do_what_is_done_without_them(network: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are replayed from the first run on; steps are those of one prompt, and of each."""
+    plain = dataclasses.replace(SPEC, cuda_graph=False)
+    expected = {mode: job(network, mode, plain) for mode in WARMUPS}
+    graphs = emulate_graphs(monkeypatch)
+    for mode, replays in (("ttft", 1), ("tpot", 1), ("ttlt", SPEC.gen_len)):
+        work = job(network, mode, SPEC)
+        for _ in range(3):
+            graphs.replayed.clear()
+            found = work.run(work.prepare())
+            wanted = expected[mode].run(expected[mode].prepare())
+            if mode == "ttft":
+                found, wanted = found[0], wanted[0]
+            if mode != "tpot":
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+            assert len(graphs.replayed) == replays
+    assert len(graphs.captured) == 3, "of the prompts, and of the steps of tpot and ttlt"
+
+
+def test_steps_as_graphs_are_eager_steps(network: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    (prompt,) = drawn(SPEC, 1)
+    expected = greedy(network, prompt, 6)
+    graphs = emulate_graphs(monkeypatch)
+    step = greedy_graph(network, 2)
+    for _ in range(2):
+        assert torch.equal(greedy(network, prompt, 6, step), expected)
+    work = job(network, "tpot", SPEC)
+    found = [work.run(work.prepare()).clone() for _ in range(5)]
+    assert torch.equal(torch.stack(found, dim=1), expected[:, 1:])
+    assert len(graphs.captured) == 3
 
 
 @pytest.mark.parametrize("mode", WARMUPS)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated_graphs import emulate_graphs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import tiny_config, tiny_model
@@ -451,6 +452,82 @@ def test_answers_are_drawn_by_the_seed(tokenizer: Tokenizer, family: str) -> Non
     asked = choose_template(tokenizer, "zephyr").render([Message("user", "same")])
     run = generate(network, tokenizer, [tokenizer.encode(asked)], sampling=FREE, seed=1, max_new_tokens=10)
     assert first[0] == run.collect()[0].text
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), PENALISED, FREE], ids=["greedy", "penalised", "free"])
+def test_answers_as_graphs_are_those_of_steps(
+    tokenizer: Tokenizer, family: str, sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = emulate_graphs(monkeypatch)
+    network = float_model(family)
+    ways = [
+        Conversation(
+            network, tokenizer, "zephyr", sampling=sampling, seed=1, max_new_tokens=10, cuda_graph=graph
+        )
+        for graph in (False, None)
+    ]
+    for question in QUESTIONS:
+        expected, found = (held(conversation, [question]) for conversation in ways)
+        assert found == expected
+        one, other = (conversation._now.memory for conversation in ways)
+        assert (one.ids, one.read) == (other.ids, other.read)
+        for a, b in zip(tensors(one.cache), tensors(other.cache), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert len(graphs.captured) == 1
+    assert len(graphs.replayed) == 3 * 9, "no step whose id was not asked for: the state is that of the text"
+    assert [turn.undo() for turn in ways] == ["Why?"] * 2
+    assert held(ways[0], ["x"]) == held(ways[1], ["x"])
+
+
+def test_the_states_of_an_answer_are_its_own(
+    tokenizer: Tokenizer, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted or not, and whatever the graphs are used for afterwards, or meanwhile."""
+    emulate_graphs(monkeypatch)
+    network = float_model(family)
+    conversation, other, plain = (
+        Conversation(network, tokenizer, "zephyr", max_new_tokens=12, cuda_graph=graph)
+        for graph in (None, None, False)
+    )
+    for talk in (conversation, plain):
+        pieces = talk.say("Where is the ship?")
+        next(pieces)
+        next(pieces)
+        if talk is conversation:
+            assert held(other, ["Why?"]) == held(plain_copy(plain), ["Why?"])
+        pieces.close()
+    held(other, ["And the captain?"])
+    one, two = (talk._now.memory for talk in (conversation, plain))
+    assert (one.ids, one.read, one.text) == (two.ids, two.read, two.text)
+    for a, b in zip(tensors(one.cache), tensors(two.cache), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert held(conversation, ["And?"]) == held(plain, ["And?"])
+
+
+def plain_copy(conversation: Conversation) -> Conversation:
+    """Another one of the same model and settings in which nothing was said."""
+    return Conversation(
+        conversation.network, conversation.tokenizer, "zephyr", max_new_tokens=12, cuda_graph=False
+    )
+
+
+def test_a_long_question_is_read_in_pieces_and_rounded_once(
+    tokenizer: Tokenizer, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = float_model(family, torch.float32)
+    recipe = with_state(shipped("w8a8", model.config), "int8")
+    network = quantize_model(model, recipe, calibration_set(model.config))[0].set_compute_dtype(torch.float64)
+
+    def asked() -> list[Tensor]:
+        conversation = Conversation(network, tokenizer, "zephyr", max_new_tokens=2)
+        held(conversation, ["x", "a longer question than the first"])
+        return tensors(conversation._now.asked.cache)
+
+    whole = asked()
+    monkeypatch.setattr("quamba.runtime.prefill.PREFILL_PIECE", 10)
+    for a, b in zip(asked(), whole, strict=True):
+        assert a.dtype in (torch.int8, torch.float64)
+        torch.testing.assert_close(a, b, rtol=0, atol=0 if a.dtype == torch.int8 else 1e-9)
 
 
 def test_only_ids_of_the_tokenizer_are_chosen(tokenizer: Tokenizer) -> None:

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from quamba.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from quamba.errors import QuambaError
-from quamba.models.cache import MambaCache
 from quamba.models.lm import MambaLM
 from quamba.quantization.pipeline import quantize_model
 from quamba.recipes.recipe import Precision, Recipe
-from quamba.runtime.generate import Generation, Run, decode_step, generate, prefill
+from quamba.runtime.generate import Generation, Run, generate, prefill
 from quamba.runtime.sampling import SamplingParams, sample
 from quamba.runtime.stream_text import stream_text
 
@@ -116,59 +115,6 @@ def test_a_batch_of_several_lengths_is_each_prompt_alone(family: str) -> None:
     alone = [ids_of(generate(network, None, [prompt], max_new_tokens=12))[0] for prompt in PROMPTS]
     assert together == alone
     assert len({tuple(ids) for ids in alone}) == len(PROMPTS), "else this shows nothing"
-
-
-@pytest.mark.parametrize("piece", [1, 5, 16, 39, 40])
-def test_pieces_of_a_prompt_are_one_pass(family: str, piece: int) -> None:
-    network = float_model(family, dtype=torch.float64)
-    ids = torch.randint(61, (3, 40), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(3, 40, dtype=torch.bool)
-    mask[1, :23] = False  # whole pieces of padding, then one that begins with padding
-    mask[2, :39] = False
-    for given in (None, mask):
-        whole, whole_cache = prefill(network, ids, given)
-        logits, cache = prefill(network, ids, given, piece=piece)
-        assert logits.shape == (3, 64)
-        torch.testing.assert_close(logits, whole, rtol=1e-11, atol=1e-11)
-        for found, expected in zip(tensors(cache), tensors(whole_cache), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
-
-
-def tensors(cache: MambaCache) -> list[Tensor]:
-    return [t for layer in cache.layers for t in (layer.conv_state, layer.ssm_state)]
-
-
-@pytest.mark.parametrize("integers", [False, True])
-def test_a_piece_of_padding_leaves_the_cache_empty(family: str, integers: bool) -> None:
-    network = quantized(family) if integers else float_model(family)
-    ids = torch.randint(1, 61, (2, 16), generator=torch.Generator().manual_seed(0))
-    padded = torch.cat([torch.full_like(ids, 33), ids], dim=1)
-    mask = torch.arange(32).expand(2, -1) >= 16
-    _, empty = prefill(network, padded[:, :16], mask[:, :16])
-    assert not any(bool(t.any()) for t in tensors(empty))
-    logits, cache = prefill(network, padded, mask, piece=16)
-    expected, expected_cache = prefill(network, ids)
-    assert torch.equal(logits, expected)
-    assert all(torch.equal(*pair) for pair in zip(tensors(cache), tensors(expected_cache), strict=True))
-
-
-def test_integers_in_pieces_are_one_pass_where_the_state_is_float(family: str) -> None:
-    network = quantized(family, state="fp32")
-    ids = torch.randint(61, (2, 64), generator=torch.Generator().manual_seed(0))
-    whole, whole_cache = prefill(network, ids)
-    logits, cache = prefill(network, ids, piece=32)
-    assert cache.layers[0].conv_state.dtype == torch.int8
-    assert torch.equal(cache.layers[0].conv_state, whole_cache.layers[0].conv_state)
-    torch.testing.assert_close(logits, whole, rtol=1e-5, atol=1e-5)
-
-
-def test_prefill_computes_no_logits_of_the_prompt(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = float_model(family)
-    seen: list[int] = []
-    network.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    logits, cache = prefill(network, torch.ones(1, 50, dtype=torch.int64), piece=20)
-    decode_step(network, logits.argmax(-1), cache)
-    assert seen == [1, 1, 1, 1]
 
 
 def test_int8_states_generate_what_single_steps_give(family: str) -> None:

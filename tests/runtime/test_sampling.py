@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from quamba.errors import QuambaError
-from quamba.runtime.sampling import SamplingParams, sample, truncated_probabilities
+from quamba.runtime.sampling import (
+    Rules,
+    SamplingParams,
+    choose,
+    draw,
+    sample,
+    truncated_probabilities,
+)
 
 # Probabilities that are exact in binary, in no order.
 PROBABILITIES = torch.tensor([0.125, 0.5, 0.0625, 0.25, 0.0625], dtype=torch.float64)
@@ -152,6 +159,65 @@ def test_frequencies_follow_the_probabilities() -> None:
     expected = torch.tensor([1 / 7, 4 / 7, 0, 2 / 7, 0])
     deviation = (expected * (1 - expected) / count).sqrt()
     assert ((found - expected).abs() <= 4 * deviation).all(), "and nothing outside the nucleus, ever"
+
+
+def test_a_draw_is_the_inverse_of_the_running_sum() -> None:
+    """Of 1/8 1/2 1/16 1/4 1/16: each token for the share of the numbers that is its probability."""
+    uniforms = torch.arange(64, dtype=torch.float64) / 64
+    tokens = draw(PROBABILITIES.expand(64, -1), uniforms)
+    assert tokens.tolist() == [0] * 8 + [1] * 32 + [2] * 4 + [3] * 16 + [4] * 4
+    assert draw(3 * PROBABILITIES.expand(64, -1), uniforms).tolist() == tokens.tolist(), "whatever the sum is"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_draw_never_gives_what_has_no_probability(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(200, 50, generator=generator, dtype=dtype)
+    probabilities *= torch.rand(200, 50, generator=generator) < 0.1
+    probabilities[:, 25] = 1e-3
+    for uniforms in (torch.zeros(200), torch.full((200,), 1 - 2.0**-53, dtype=torch.float64)):
+        tokens = draw(probabilities, uniforms.double())
+        assert (probabilities.gather(1, tokens[:, None]) > 0).all()
+        ends = torch.stack([row.nonzero()[0 if uniforms[0] == 0 else -1] for row in probabilities])
+        assert torch.equal(tokens[:, None], ends), "the first and the last that have any"
+
+
+def test_a_row_of_one_token_is_drawn_whatever_the_number() -> None:
+    logits = torch.full((3, 7), -math.inf)
+    logits[:, 4] = 0.0
+    assert (
+        draw(logits.softmax(-1), torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)).tolist()
+        == [4] * 3
+    )
+
+
+def test_settings_in_memory_are_those_of_the_arguments() -> None:
+    """What a graph computes: rules are fixed, numbers are read."""
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    seen = torch.rand(6, 40, generator=torch.Generator().manual_seed(2)) < 0.3
+    params = SamplingParams(temperature=0.7, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.3)
+    generator = torch.Generator().manual_seed(3)
+    uniforms = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    expected = sample(logits, params, seen, generator)
+    assert torch.equal(choose(logits, params.rules, params.numbers("cpu"), seen, uniforms), expected)
+    other = SamplingParams(temperature=9.0, top_k=20, top_p=0.99, min_p=0.01, repetition_penalty=5.0)
+    assert other.rules == params.rules
+    changed = choose(logits, params.rules, other.numbers("cpu"), seen, uniforms)
+    assert torch.equal(changed, choose(logits, other.rules, other.numbers("cpu"), seen, uniforms))
+    assert not torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "rules"),
+    [
+        ({}, Rules(False, False, 0, False, False)),
+        ({"temperature": 0.0, "top_p": 0.5, "min_p": 0.1}, Rules(True, False, 0, False, False)),
+        ({"top_k": 1, "repetition_penalty": 2.0}, Rules(True, True, 0, False, False)),
+        ({"top_k": 7, "top_p": 0.5, "min_p": 0.1}, Rules(False, False, 7, True, True)),
+    ],
+)
+def test_rules(change: dict[str, float], rules: Rules) -> None:
+    assert free(**change).rules == rules
 
 
 def test_half_precision_logits() -> None:
