@@ -88,7 +88,7 @@ class Call:
             return 2 * math.prod(x) * self.args[1].shape[0]
         if self.op == "causal_conv1d":
             return 2 * math.prod(x) * self.args[1].shape[1]
-        if self.op.startswith("hadamard"):
+        if "hadamard" in self.op:
             m, k = hadamard_factors(x[-1])
             return math.prod(x) * (m + k)
         if self.op.startswith(("ssd", "selective_scan")):

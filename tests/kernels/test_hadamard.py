@@ -7,7 +7,8 @@ import torch
 
 from quamba.errors import QuambaError
 from quamba.formats.hadamard import hadamard_matrix, supported
-from quamba.kernels.reference.hadamard import hadamard
+from quamba.kernels.reference.hadamard import gated_norm_hadamard, hadamard
+from quamba.kernels.reference.quantize import quantize
 
 DENSE_SIZES = [n for n in range(1, 129) if supported(n)] + [
     160,
@@ -118,3 +119,22 @@ def test_unsupported_size():
 def test_integers_are_refused():
     with pytest.raises(TypeError, match=r"got torch\.int8"):
         hadamard(torch.ones(2, 8, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("before", [False, True])
+def test_after_the_gated_norm(dtype: torch.dtype, before: bool) -> None:
+    """Norm, gate and rotation, the numbers between in out_dtype; by hand in float64."""
+    y, z, weight = random(3, 24), random(3, 24), random(24)
+    named = {"eps": 1e-5, "group_size": 12, "norm_before_gate": before}
+    gate = z * torch.sigmoid(z)
+    v = (y if before else y * gate).view(3, 2, 12)
+    v = (v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()).view(3, 24) * weight * (gate if before else 1)
+    given = gated_norm_hadamard(y, z, weight, **named, out_dtype=dtype)
+    assert given.dtype == dtype
+    assert (given.double() - v @ hadamard_matrix(24).T).abs().max() < 16 * torch.finfo(dtype).eps
+    scale = torch.tensor(0.02)
+    modes = {"rounding": "half_away", "overflow": "wrap"}
+    codes = gated_norm_hadamard(y, z, weight, **named, out_dtype=dtype, out_scale=scale, **modes)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert torch.equal(codes, quantize(hadamard(v.to(dtype).to(wide)), scale, **modes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from rounding import assert_codes
@@ -108,3 +110,31 @@ def test_norms_give_the_compute_dtype_and_a_wide_residual(dtype: torch.dtype) ->
     gated.weight.data.fill_(1.0)
     assert unit(torch.ones(2, 4, dtype=dtype)).dtype == dtype
     assert gated(torch.ones(2, 4, dtype=dtype), torch.ones(2, 4, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("to_codes", [False, True])
+def test_rotate_takes_the_norm_before_it_along(enabled: bool, to_codes: bool) -> None:
+    """One op where it rotates, and the same numbers as of the two leaves."""
+    norm, leaf, calls = GatedNorm(64, 1e-5, ngroups=2, norm_before_gate=True), Rotate(), []
+
+    def counted(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(kwargs)
+        return REFERENCE.gated_norm_hadamard(*args, **kwargs)
+
+    norm.weight.data.uniform_()
+    norm.compute_dtype = leaf.compute_dtype = torch.float16
+    leaf.enabled, leaf.rounding, leaf.overflow = enabled, "half_away", "wrap"
+    leaf.out_scale = torch.tensor(0.01) if to_codes else None
+    leaf.kernels = dataclasses.replace(REFERENCE, name="counting", gated_norm_hadamard=counted)
+    y, z = (
+        torch.randn(3, 64).half(),
+        Quantized(torch.randint(-128, 128, (3, 64)).to(torch.int8), torch.tensor(0.02)),
+    )
+    given, wanted = leaf(y, z, norm), leaf(norm(y, z))
+    assert type(given) is type(wanted)
+    assert torch.equal(given.codes, wanted.codes) if to_codes else torch.equal(given, wanted)
+    assert len(calls) == enabled
+    norm.register_forward_hook(lambda module, args, output: calls.append({}))
+    leaf(y, z, norm)
+    assert calls[enabled:] == [{}]

@@ -24,6 +24,8 @@ _SCAN = 5e-5
 _SSD_SCAN = 1e-3
 #: Weights times float16: each product is rounded to float16.
 _HALF = 4e-3
+#: Numbers inside an op are float16: their errors add up like those of any sum.
+_HALF_INSIDE = 1e-3
 _EXACT = 0.0
 
 _WEIGHTS = {
@@ -366,7 +368,15 @@ def _hadamard() -> Iterator[Case]:
     def codes(rows: int, n: int, d: Draw) -> Arguments:
         return (d.floats(rows, n), torch.tensor(0.03)), {}
 
-    sizes = ((1, 1536), (17, 1536), (1, 5120), (4, 5120), (1, 8192), (17, 8192), (3, 80), (5, 256))
+    def gated(
+        rows: int, n: int, groups: int, dtype: torch.dtype, to_codes: bool, before: bool, d: Draw
+    ) -> Arguments:
+        z: Activation = d.quantized(rows, n, per_channel=True) if to_codes else d.floats(rows, n).to(dtype)
+        named = {"eps": 1e-5, "group_size": n // groups, "norm_before_gate": before, "out_dtype": dtype}
+        named["out_scale"] = torch.tensor(0.03) if to_codes else None
+        return (d.floats(rows, n).to(dtype), z, d.floats(n)), named
+
+    sizes = ((1, 1536), (17, 1536), (1, 5120), (5, 5120), (1, 8192), (17, 8192), (3, 80), (5, 256))
     for rows, n in sizes:
         yield Case("hadamard", f"{rows}x{n}", partial(plain, rows, n, torch.float32, False), _FLOAT32)
         yield Case("hadamard_quantize", f"{rows}x{n}", partial(codes, rows, n), _FLOAT32)
@@ -378,3 +388,12 @@ def _hadamard() -> Iterator[Case]:
         for overflow in ("saturate", "wrap"):
             name = f"ties, {rounding}, {overflow}"
             yield Case("hadamard_quantize", name, partial(ties, rounding, overflow), _EXACT)
+    for rows, n, groups in ((1, 5120, 1), (17, 1536, 1), (17, 8192, 8), (3, 80, 2)):
+        for to_codes in (False, True):
+            kind = f"{rows}x{n}, {groups} groups{' to codes' if to_codes else ''}"
+            make = partial(gated, rows, n, groups, torch.float32, to_codes, False)
+            yield Case("gated_norm_hadamard", kind, make, _FLOAT32)
+            make = partial(gated, rows, n, groups, torch.float16, to_codes, False)
+            yield Case("gated_norm_hadamard", f"float16, {kind}", make, _HALF_INSIDE)
+    make = partial(gated, 5, 1536, 3, torch.float32, False, True)
+    yield Case("gated_norm_hadamard", "5x1536, norm first", make, _FLOAT32)

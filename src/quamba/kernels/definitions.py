@@ -278,6 +278,26 @@ def hadamard_quantize(
     return [Wanted("result", _rotated(x, False), torch.int8, scale, rounding, overflow)]
 
 
+def gated_norm_hadamard(
+    y: Tensor,
+    z: Activation,
+    weight: Tensor | None,
+    *,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool = False,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    rounding: Rounding = "half_even",
+    overflow: Overflow = "saturate",
+) -> list[Wanted]:
+    (normed,) = gated_rms_norm(
+        y, z, weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
+    )
+    real = _rotated(normed.real, False)
+    return [_given("result", real, out_scale, out_dtype, rounding=rounding, overflow=overflow)]
+
+
 def _rotated(x: Tensor, transpose: bool) -> Tensor:
     """Sums and differences of neighbours at distance 1, 2, 4, ..., then the Paley matrix."""
     n = x.shape[-1]

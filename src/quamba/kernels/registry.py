@@ -35,6 +35,7 @@ class Kernels:
     ssd_step: Callable[..., Any]
     hadamard: Callable[..., Any]
     hadamard_quantize: Callable[..., Any]
+    gated_norm_hadamard: Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ REFERENCE = Kernels(
     ssd_step=ssd.ssd_step,
     hadamard=hadamard.hadamard,
     hadamard_quantize=hadamard.hadamard_quantize,
+    gated_norm_hadamard=hadamard.gated_norm_hadamard,
 )
 
 REFERENCE_SOLVER = SolverKernels(
@@ -133,6 +135,7 @@ def _triton() -> Kernels:
         ssd_step=ssd.ssd_step,
         hadamard=hadamard.hadamard,
         hadamard_quantize=hadamard.hadamard_quantize,
+        gated_norm_hadamard=hadamard.gated_norm_hadamard,
     )
 
 

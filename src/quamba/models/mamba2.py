@@ -50,8 +50,7 @@ class Mamba2Mixer(nn.Module):
         xBC = self.conv1d(xBC, cache and cache.conv_state, mask)
         x, B, C = split(xBC, self.conv_sizes)
         y = self.ssm(x, dt, B, C, cache and cache.ssm_state, mask)
-        y = self.norm(y, z)
-        return self.out_proj(self.rotate(y))
+        return self.out_proj(self.rotate(y, z, self.norm))
 
     def new_cache(self, batch: int, device: torch.device | str) -> LayerCache:
         return LayerCache(self.conv1d.new_state(batch, device), self.ssm.new_state(batch, device))

@@ -11,7 +11,7 @@ from quamba.formats.activation import Quantized
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.triton.conv import causal_conv1d
 from quamba.kernels.triton.embedding import embedding
-from quamba.kernels.triton.hadamard import gated_norm_hadamard_quantize, hadamard, hadamard_quantize
+from quamba.kernels.triton.hadamard import gated_norm_hadamard, hadamard, hadamard_quantize
 from quamba.kernels.triton.norm import add_norm, gated_rms_norm, rms_norm
 from quamba.kernels.triton.quantize import quantize
 
@@ -40,7 +40,7 @@ def test_a_step_is_captured_and_replayed() -> None:
         z = Quantized(conv, scale)
         gated = gated_rms_norm(summed, z, None, eps=1e-5, group_size=CHANNELS)
         rotated = hadamard(gated)
-        fused = gated_norm_hadamard_quantize(summed, z, None, scale, eps=1e-5, group_size=CHANNELS)
+        fused = gated_norm_hadamard(summed, z, None, eps=1e-5, group_size=CHANNELS, out_scale=scale)
         return [
             conv,
             rotated,

@@ -1,4 +1,4 @@
-"""The Hadamard rotation of the last dimension, as a few small matrix products."""
+"""The Hadamard rotation of the last dimension, as a few small matrix products; and after the gated norm."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 
 import torch
 
-from quamba.formats.activation import Overflow, Rounding
+from quamba.formats.activation import Activation, Overflow, Rounding
 from quamba.formats.hadamard import hadamard_factors, paley_matrix, sylvester_matrix
+from quamba.kernels.reference.norm import gated_rms_norm
 from quamba.kernels.reference.quantize import quantize
 
 # What one more pass over the data costs, in multiply-adds per element. From timings on a 2-core AVX-512 CPU:
@@ -58,6 +59,39 @@ def hadamard_quantize(
     # Rounding the sums to 16 bits first would move some codes to their neighbours.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return quantize(hadamard(wide), scale, rounding=rounding, overflow=overflow)
+
+
+def gated_norm_hadamard(
+    y: torch.Tensor,
+    z: Activation,
+    weight: torch.Tensor | None,
+    *,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool = False,
+    out_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    rounding: Rounding = "half_even",
+    overflow: Overflow = "saturate",
+) -> torch.Tensor:
+    """T_n v, v = ``gated_rms_norm`` (``kernels/reference/norm.py``) of y, z and weight in out_dtype.
+
+    returns  (..., n) int8 codes (``hadamard_quantize``) of out_scale () if given, else out_dtype
+
+    A fast backend may keep v wider than out_dtype.
+    """
+    v = gated_rms_norm(
+        y,
+        z,
+        weight,
+        eps=eps,
+        group_size=group_size,
+        norm_before_gate=norm_before_gate,
+        out_dtype=out_dtype,
+    )
+    if out_scale is None:
+        return hadamard(v)
+    return hadamard_quantize(v, out_scale, rounding=rounding, overflow=overflow)
 
 
 @functools.lru_cache(maxsize=128)

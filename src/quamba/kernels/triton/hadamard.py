@@ -1,10 +1,12 @@
 """The Hadamard rotation of the last dimension, alone, with quantization, and after the gated norm.
 
-A row of n = slow * fast elements is a matrix X [slow, fast], fast a power of two, and the rotation is
-M X S / sqrt(n), M [slow, slow] of +-1. The columns of a few rows of M X are summed while X is read (from the
-caches, all times but the first); the products with S are butterflies in registers, where Triton changes the
-layout every few bits. M is M_m of ``formats.hadamard`` or its Kronecker product with a Sylvester matrix: with
-one or few rows the larger M spreads a row over more SMs.
+Rows of the usual lengths go to matrix units (``rotate_tiles.py``). Other lengths, and rows so few that
+tiles would leave most SMs idle, go to the kernel here. A row of n = slow * fast elements is a matrix X
+[slow, fast], fast a power of two, and the rotation is M X S / sqrt(n), M [slow, slow] of +-1. The columns of
+a few rows of M X are summed while X is read (from the caches, all times but the first); the products with S
+are butterflies in registers, where Triton changes the layout every few bits. M is M_m of
+``formats.hadamard`` or its Kronecker product with a Sylvester matrix: with one or few rows the larger M
+spreads a row over more SMs.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from torch import Tensor
 
 from quamba.formats.activation import Activation, Overflow, Quantized, Rounding
 from quamba.formats.hadamard import hadamard_factors, paley_matrix, sylvester_matrix
-from quamba.kernels.triton.norm import check_groups, check_one_scale, gate_and_norm
+from quamba.kernels.triton.norm import check_groups, check_one_scale, gated_rms_norm
 from quamba.kernels.triton.quantize import as_rows, check_dtype, check_last_stride, check_scale, to_codes
+from quamba.kernels.triton.rotate_tiles import COLUMN, rotate_tiles, tiles_for
 
+_ROWS_FOR_TILES = 5
 _FEW_PROGRAMS = 256  # About two for each SM: below, it pays to read a row from several SMs.
 _MAX_FAST_BITS = 14  # 2^14 floats are 32 registers in each of 512 threads.
 _MAX_TILE = 1 << 15
@@ -197,6 +201,18 @@ def _rotate(
         hadamard_factors(n)
         return y
     flat = as_rows("x", x)
+    tiles = tiles_for(flat.shape[0], n) if flat.shape[0] >= _ROWS_FOR_TILES else None
+    if tiles is not None:
+        return rotate_tiles(
+            flat,
+            y,
+            scale,
+            tiles,
+            transpose=transpose,
+            half_away=half_away,
+            wrap=wrap,
+            narrow=x.dtype == torch.float16,
+        )
     split = split_for(flat.shape[0], n)
     programs = triton.cdiv(flat.shape[0], split.rows) * triton.cdiv(split.slow, split.slow_block)
     _hadamard_kernel[(programs,)](
@@ -219,147 +235,66 @@ def _rotate(
     return y
 
 
-@triton.jit
-def _gated_kernel(
-    y: tl.tensor,
-    z: tl.tensor,
-    z_scale: tl.tensor,
-    weight: tl.tensor,
-    signs: tl.tensor,
-    normed: tl.tensor,
-    out: tl.tensor,
-    out_scale: tl.tensor,
-    y_stride: tl.tensor,
-    z_stride: tl.tensor,
-    eps: tl.tensor,
-    norm: tl.tensor,
-    Z_SCALES: tl.constexpr,
-    NORM_FIRST: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    SLOW: tl.constexpr,
-    SLOW_PADDED: tl.constexpr,
-    SLOW_BLOCK: tl.constexpr,
-    BITS: tl.constexpr,
-    HALF_AWAY: tl.constexpr,
-    WRAP: tl.constexpr,
-) -> None:
-    blocks: tl.constexpr = (SLOW + SLOW_BLOCK - 1) // SLOW_BLOCK
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    first = (program % blocks).to(tl.int32) * SLOW_BLOCK
-    slow = first + tl.arange(0, SLOW_BLOCK)
-    y += row * y_stride
-    z += row * z_stride
-    offset = tl.arange(0, GROUP_BLOCK)[None, :]
-    present = offset < GROUP_SIZE
-    if SLOW == 1:  # then groups and their sizes are powers of two
-        column = (tl.arange(0, GROUPS) * GROUP_SIZE)[:, None] + offset
-        v = gate_and_norm(
-            y + column,
-            z + column,
-            z_scale,
-            weight,
-            column,
-            present,
-            present,
-            GROUP_SIZE,
-            eps,
-            Z_SCALES,
-            NORM_FIRST,
-        )
-        v = tl.reshape(v, [1, 2**BITS])
-    else:
-        # Each program of a row writes the whole of it: the same numbers, read after its own barrier.
-        normed += row * (SLOW * 2**BITS)
-        for group in range(GROUPS):
-            column = group * GROUP_SIZE + offset
-            v = gate_and_norm(
-                y + column,
-                z + column,
-                z_scale,
-                weight,
-                column,
-                present,
-                present,
-                GROUP_SIZE,
-                eps,
-                Z_SCALES,
-                NORM_FIRST,
-            )
-            tl.store(normed + column, v, mask=present)
-        tl.debug_barrier()
-        v = _rotate_slow(normed, signs, first, SLOW, SLOW_PADDED, SLOW_BLOCK, BITS)
-    v = butterflies(v, SLOW_BLOCK, BITS) * norm
-    place = row * (SLOW * 2**BITS) + slow[:, None] * (2**BITS) + tl.arange(0, 2**BITS)[None, :]
-    _store(v, out + place, out_scale, (slow < SLOW)[:, None], HALF_AWAY, WRAP)
-
-
-def gated_norm_hadamard_quantize(
+def gated_norm_hadamard(
     y: Tensor,
     z: Activation,
     weight: Tensor | None,
-    out_scale: Tensor,
     *,
     eps: float,
     group_size: int,
     norm_before_gate: bool = False,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
     rounding: Rounding = "half_even",
     overflow: Overflow = "saturate",
 ) -> Tensor:
-    """``quantize(hadamard(gated_rms_norm(y, z, weight)), out_scale)`` in one launch, float32 in between.
+    """``reference.hadamard.gated_norm_hadamard``; one launch where n and group_size are multiples of 128.
 
-    y         (..., C) float, C up to 16384
-    z         (..., C) float, or int8 with a scale () or (C,)
-    returns   (..., C) int8 codes of out_scale (); meant for the few rows of decoding, any number is right
+    Between the norm and the rotation are float16 for an out_dtype of float16, else float32.
     """
     _check_input(y)
-    check_one_scale(out_scale)
     n = y.shape[-1]
-    if n > 1 << _MAX_FAST_BITS:
-        raise ValueError(f"y has {n} channels, expected at most {1 << _MAX_FAST_BITS}.")
     check_groups(n, group_size)
-    out = torch.empty(y.shape, dtype=torch.int8, device=y.device)
-    if y.numel() == 0:
-        hadamard_factors(n)
-        return out
     flat = as_rows("y", y)
+    tiles = tiles_for(flat.shape[0], n)
+    if tiles is None or group_size % COLUMN:
+        normed = gated_rms_norm(
+            y,
+            z,
+            weight,
+            eps=eps,
+            group_size=group_size,
+            norm_before_gate=norm_before_gate,
+            out_dtype=out_dtype,
+        )
+        if out_scale is None:
+            return hadamard(normed)
+        return hadamard_quantize(normed, out_scale, rounding=rounding, overflow=overflow)
+    out = torch.empty(y.shape, dtype=out_dtype if out_scale is None else torch.int8, device=y.device)
+    check_dtype("out_dtype", out)
+    if out_scale is not None:
+        check_one_scale(out_scale)
     gate, z_scale = (z.codes, z.scale) if isinstance(z, Quantized) else (z, None)
-    gate = as_rows("z", gate)
+    if z_scale is not None:
+        check_scale("the scale of z", z_scale, n)
     if weight is not None:
         check_dtype("weight", weight)
         check_last_stride("weight", weight)
-    split = split_for(flat.shape[0], n)
-    normed = None if split.slow == 1 else torch.empty(flat.shape, dtype=torch.float32, device=y.device)
-    group_block = triton.next_power_of_2(group_size)
-    _gated_kernel[(flat.shape[0] * triton.cdiv(split.slow, split.slow_block),)](
+    return rotate_tiles(
         flat,
-        gate,
-        z_scale,
-        weight,
-        _signs(n, split.slow, False, y.device),
-        normed,
         out,
         out_scale,
-        flat.stride(0),
-        gate.stride(0),
-        eps,
-        n**-0.5,
-        Z_SCALES=z_scale is not None and check_scale("the scale of z", z_scale, n),
-        NORM_FIRST=norm_before_gate,
-        GROUPS=n // group_size,
-        GROUP_SIZE=group_size,
-        GROUP_BLOCK=group_block,
-        SLOW=split.slow,
-        SLOW_PADDED=triton.next_power_of_2(split.slow),
-        SLOW_BLOCK=split.slow_block,
-        BITS=split.fast_bits,
-        HALF_AWAY=rounding == "half_away",
-        WRAP=overflow == "wrap",
-        num_warps=max(split.num_warps, min(16, group_block // 256)),
+        tiles,
+        half_away=rounding == "half_away",
+        wrap=overflow == "wrap",
+        gate=as_rows("z", gate),
+        z_scale=z_scale,
+        weight=weight,
+        group_size=group_size,
+        norm_first=norm_before_gate,
+        eps=eps,
+        narrow=out_dtype == torch.float16,
     )
-    return out
 
 
 def _check_input(x: Tensor) -> None:

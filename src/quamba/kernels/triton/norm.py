@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.activation import Activation, Quantized
-from quamba.kernels.triton.quantize import as_rows, check_dtype, check_scale, silu, to_codes, whole_row_tile
+from quamba.kernels.triton.quantize import as_rows, check_dtype, check_scale, to_codes, whole_row_tile
 
 _MAX_COLUMNS = 32768
 
@@ -61,8 +61,9 @@ def _add_norm_kernel(
     if bias is not None:
         v += tl.load(bias + column, mask=present, other=0).to(tl.float32)
     if out_scale is not None:
-        codes = to_codes(tl.div_rn(v, tl.load(out_scale).to(tl.float32)), False, False)
-        tl.store(y + row * columns + column, codes, mask=inside)
+        # One division, not one an element: each takes longer than all else that is done to it.
+        v *= tl.div_rn(1.0, tl.load(out_scale).to(tl.float32))
+        tl.store(y + row * columns + column, to_codes(v, False, False), mask=inside)
     else:
         tl.store(y + row * columns + column, v.to(y.dtype.element_ty), mask=inside)
 
@@ -148,6 +149,35 @@ def _norm(
 
 
 @triton.jit
+def read_gate(
+    z: tl.tensor,
+    z_scale: tl.tensor,
+    column: tl.tensor,
+    present: tl.tensor,
+    inside: tl.tensor,
+    Z_SCALES: tl.constexpr,
+) -> tl.tensor:
+    """silu(z), float32; arguments as those of ``gate_and_norm``.
+
+    This is most of the arithmetic of a gated norm, and conversions of int8 and the range checks of ``exp``
+    and of a division would double it. So codes become the low bits of a float, and 1 / v is the square of
+    v^(-1/2).
+    """
+    gate = tl.load(z, mask=inside, other=0)
+    if gate.dtype == tl.int8:
+        gate = (gate.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    else:
+        gate = gate.to(tl.float32)
+    if z_scale is not None:
+        if Z_SCALES:
+            gate *= tl.load(z_scale + column, mask=present, other=0).to(tl.float32)
+        else:
+            gate *= tl.load(z_scale).to(tl.float32)
+    root = tl.rsqrt(1.0 + tl.exp2(gate * -1.4426950408889634))
+    return gate * root * root
+
+
+@triton.jit
 def gate_and_norm(
     y: tl.tensor,
     z: tl.tensor,
@@ -167,13 +197,7 @@ def gate_and_norm(
     z_scale, weight  pointers to the first channel, or None
     """
     v = tl.load(y, mask=inside, other=0).to(tl.float32)
-    gate = tl.load(z, mask=inside, other=0).to(tl.float32)
-    if z_scale is not None:
-        if Z_SCALES:
-            gate *= tl.load(z_scale + column, mask=present, other=0).to(tl.float32)
-        else:
-            gate *= tl.load(z_scale).to(tl.float32)
-    gate = silu(gate)
+    gate = read_gate(z, z_scale, column, present, inside, Z_SCALES)
     if not NORM_FIRST:
         v *= gate
     power = tl.sum(v * v, axis=1) / group_size + eps
