@@ -112,27 +112,28 @@ def _columns(
         return codes, passed
     by_row = steps.to(torch.float32).expand(columns, rows)
     launch = strip(columns)
-    _columns_kernel[(triton.cdiv(rows, launch.rows),)](
-        wanted,
-        target,
-        matrix,
-        by_row,
-        codes,
-        passed,
-        columns,
-        rows,
-        wanted.stride(0),
-        target.stride(0),
-        matrix.stride(0),
-        by_row.stride(0),
-        by_row.stride(1),
-        float(qmin),
-        float(qmax),
-        DESCEND=descend,
-        BLOCK_COLUMNS=triton.next_power_of_2(columns),
-        BLOCK_ROWS=launch.rows,
-        num_warps=launch.num_warps,
-    )
+    with torch.cuda.device_of(wanted):  # Triton launches on the current GPU, not on that of its tensors
+        _columns_kernel[(triton.cdiv(rows, launch.rows),)](
+            wanted,
+            target,
+            matrix,
+            by_row,
+            codes,
+            passed,
+            columns,
+            rows,
+            wanted.stride(0),
+            target.stride(0),
+            matrix.stride(0),
+            by_row.stride(0),
+            by_row.stride(1),
+            float(qmin),
+            float(qmax),
+            DESCEND=descend,
+            BLOCK_COLUMNS=triton.next_power_of_2(columns),
+            BLOCK_ROWS=launch.rows,
+            num_warps=launch.num_warps,
+        )
     return codes, passed
 
 
