@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated_graphs import EmulatedGraph, emulate_graphs
 from torch import Tensor
 
 from quamba.kernels.registry import REFERENCE, Kernels
@@ -57,3 +58,24 @@ def test_nothing_runs_on_a_gpu_that_has_failed(monkeypatch: pytest.MonkeyPatch) 
     first, *rest = check_models(broken("linear", float("nan")), CPU)
     assert first.passed is False and "logits are not finite" in first.detail
     assert [c.passed for c in rest] == [None] * 5
+
+
+def test_graphs_are_compared_with_eager_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the prompt and of the steps, each by itself."""
+    graphs = emulate_graphs(monkeypatch)
+    for config in check_model._configs():
+        assert check_model._compare_graph(config, "w8a8", REFERENCE, CPU) == ""
+    assert len(graphs.captured) == 4
+    replay, spoilt = EmulatedGraph.replay, 0
+
+    def wrong(graph: EmulatedGraph) -> None:
+        replay(graph)
+        if graphs.captured.index(graph) == spoilt:
+            for t in graph.made:
+                t.zero_()
+
+    monkeypatch.setattr(EmulatedGraph, "replay", wrong)
+    for part in ("prompt", "steps"):
+        spoilt = len(graphs.captured) + (part == "steps")
+        found = check_model._compare_graph(check_model._configs()[1], "w8a8", REFERENCE, CPU)
+        assert [fault.split(":")[0] for fault in found.split("; ")] == [part]

@@ -20,7 +20,9 @@ from quamba.models.config import Mamba2Config, MambaConfig, ModelConfig
 from quamba.models.lm import MambaLM
 from quamba.quantization.pipeline import quantize_model
 from quamba.recipes.recipe import Recipe, Solver, load_recipe
+from quamba.runtime.decode import decode_step
 from quamba.runtime.graph import DecodeGraph
+from quamba.runtime.prefill import prefill
 
 _BATCH, _PROMPT, _STEPS = 2, 37, 8
 #: Root mean square of the error of logits over that of logits. A code behind a float may move by one and then
@@ -77,22 +79,29 @@ def _check(name: str, compare: Callable[[], str]) -> Check:
 def _compare(config: ModelConfig, recipe: str, kernels: Kernels, device: torch.device) -> str:
     network = _quantized(config, recipe)
     exact = copy.deepcopy(network).set_compute_dtype(torch.float64).use_kernels(REFERENCE)
-    wanted_prompt, wanted_steps, _ = _logits(exact)
-    prompt, steps, _ = _logits(_placed(network, kernels, device))
+    wanted_prompt, wanted_steps = _logits(exact)
+    prompt, steps = _logits(_placed(network, kernels, device))
     limit = _TOLERANCES[recipe]
     faults = [_too_far("prompt", prompt, wanted_prompt, limit), _too_far("steps", steps, wanted_steps, limit)]
     return "; ".join(filter(None, faults))
 
 
+@torch.inference_mode()
 def _compare_graph(config: ModelConfig, recipe: str, kernels: Kernels, device: torch.device) -> str:
     network = _placed(_quantized(config, recipe), kernels, device)
-    _, wanted, cache = _logits(network)
     ids = _ids(network.config.vocab_size).to(device)
-    with torch.inference_mode():
-        graph = DecodeGraph(network, _BATCH)
-        graph.take(cache)
-        steps = torch.stack([graph.step(ids[:, _PROMPT + i]).cpu() for i in range(_STEPS)], dim=1)
-    return _too_far("graph", steps, wanted, _GRAPH_TOLERANCE)
+    prompt, steps = ids[:, :_PROMPT], ids[:, _PROMPT:].unbind(1)
+    wanted_prompt, cache = prefill(network, prompt, graph=False)
+    wanted_steps = torch.stack([decode_step(network, step, cache) for step in steps], dim=1)
+    found_prompt, cache = prefill(network, prompt, graph=True)
+    graph = DecodeGraph(network, _BATCH)
+    graph.take(cache)
+    found_steps = torch.stack([graph.step(step).clone() for step in steps], dim=1)
+    faults = [
+        _too_far("prompt", found_prompt.cpu(), wanted_prompt.cpu(), _GRAPH_TOLERANCE),
+        _too_far("steps", found_steps.cpu(), wanted_steps.cpu(), _GRAPH_TOLERANCE),
+    ]
+    return "; ".join(filter(None, faults))
 
 
 def _placed(network: MambaLM, kernels: Kernels, device: torch.device) -> MambaLM:
@@ -102,14 +111,13 @@ def _placed(network: MambaLM, kernels: Kernels, device: torch.device) -> MambaLM
 
 
 @torch.inference_mode()
-def _logits(network: MambaLM) -> tuple[Tensor, Tensor, Any]:
-    """Of the prompt (B, L, V) and of the steps after it (B, 8, V), on the CPU; the cache after the prompt."""
+def _logits(network: MambaLM) -> tuple[Tensor, Tensor]:
+    """Of the prompt (B, L, V) and of the steps after it (B, 8, V), on the CPU."""
     ids = _ids(network.config.vocab_size).to(network.device)
     cache = network.new_cache(_BATCH)
     prompt = network(ids[:, :_PROMPT], cache)
-    after_prompt = cache.clone()
     steps = [network(ids[:, i : i + 1], cache) for i in range(_PROMPT, _PROMPT + _STEPS)]
-    return prompt.cpu(), torch.cat(steps, dim=1).cpu(), after_prompt
+    return prompt.cpu(), torch.cat(steps, dim=1).cpu()
 
 
 def _too_far(what: str, found: Tensor, wanted: Tensor, limit: float) -> str:

@@ -126,8 +126,7 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     Summed as integers, multiples of 2^-52: a sum of floats depends on the order that a device adds them in.
     """
     sums = (probabilities.double() * 2.0**52).round_().long().cumsum(dim=-1)
-    total = sums[:, -1:]
-    target = torch.minimum((uniforms[:, None] * total).long(), total - 1)
+    target = (uniforms[:, None] * sums[:, -1:]).long()  # below the sum, which is about 2^52
     return torch.searchsorted(sums, target, right=True)[:, 0].clamp_(max=sums.shape[-1] - 1)
 
 
