@@ -146,19 +146,20 @@ class _Builder:
         _require(
             codes == (leaf.out_scale is not None), "projection and convolution give the same format in it"
         )
-        weight, scale = leaf.weight, None
+        weight = leaf.weight
+        scale: Tensor | None = None
         if isinstance(weight, QuantizedWeight):
-            _require(
-                codes and weight.format.bits == 8 and weight.scale.shape[1] == 1,
-                "int8 taps have int8 inputs in it",
-            )
-            weight, scale = weight.codes(), weight.scale
-        _require(weight.is_contiguous() and states.conv_state[0].is_contiguous(), "taps are contiguous in it")
+            whole = codes and weight.format.bits == 8 and weight.scale.shape[1] == 1
+            _require(whole, "int8 taps have int8 inputs in it")
+            taps, scale = weight.codes(), weight.scale
+        else:
+            taps = weight
+        _require(taps.is_contiguous() and states.conv_state[0].is_contiguous(), "taps are contiguous in it")
         bias = None if leaf.bias is None else as_tensor(leaf.bias)
         away = leaf.rounding == "half_away"
-        return ConvStep(first, states.conv_state, weight, scale, bias, leaf.out_scale, away)
+        return ConvStep(first, states.conv_state, taps, scale, bias, leaf.out_scale, away)
 
-    def _mamba2(self, x: _Input, mixer: Any, states: LayerCache) -> Activation:
+    def _mamba2(self, x: _Input, mixer: Any, states: LayerCache) -> _Input:
         from quamba.kernels.triton.decode.ssd import square_parts, ssd_gate
 
         assert isinstance(mixer, Mamba2Mixer)
@@ -188,7 +189,7 @@ class _Builder:
         factors: dict[str, Any] = {"squares": squares, "eps": norm.eps, "ngroups": ngroups}
         return self._mix(mixed, mixer.rotate, mixer.out_proj, **factors)
 
-    def _mamba(self, x: _Input, mixer: Any, states: LayerCache) -> Activation:
+    def _mamba(self, x: _Input, mixer: Any, states: LayerCache) -> _Input:
         from quamba.kernels.triton.decode.scan import TimeSteps, scan_gate
         from quamba.kernels.triton.decode.vectors import Vector
 
@@ -231,7 +232,7 @@ class _Builder:
         return out, scale
 
     def _new_input(self, reader: Linear, channels: int, scale: Tensor | None) -> Vector:
-        """For what a projection will read: codes of a scale, floats, or wide codes where weights are integers."""
+        """For what a projection will read: codes of a scale, or wide codes for integer weights, or floats."""
         from quamba.kernels.triton.decode.vectors import Vector
 
         at = (self.batch, channels, self.network.device)

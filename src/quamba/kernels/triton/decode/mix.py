@@ -26,7 +26,7 @@ def block_size(channels: int) -> int | None:
 
 @functools.lru_cache(maxsize=16)
 def block_signs(channels: int, size: int, device: torch.device) -> Tensor:
-    """The matrix M of T_channels = (M (x) S_size) / sqrt(channels), float32, with zeros up to powers of two."""
+    """M of T_channels = (M (x) S_size) / sqrt(channels), float32, with zeros up to powers of two."""
     m, bits = hadamard_factors(channels)
     matrix = torch.kron(paley_matrix(m), sylvester_matrix(bits - (size.bit_length() - 1)))
     order = len(matrix)
@@ -144,8 +144,8 @@ def mix(
 
     x        (B, C) float32
     out      (B, C), codes where there is an out_scale (), else floats or wide codes
-    size     channels of a block (``block_size``); any that divides C and is a multiple of 32 without ``rotate``
-    squares  (B, parts): sums of squares of as many parts of x; r = 1 / sqrt(mean over a group + eps), 1 without
+    size     channels of a block (``block_size``); without ``rotate`` any multiple of 32 that divides C
+    squares  (B, parts): sums of squares of parts of x; r = 1 / sqrt(mean over a group + eps). None: r = 1
     """
     batch, channels = x.shape
     blocks = channels // size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,7 +50,7 @@ def _norm_kernel(
 
 
 def norm(residual: Tensor, weight: Tensor | None, out_scale: Tensor | None, out: Vector, eps: float) -> None:
-    """out[b] = x / sqrt(mean(x^2) + eps) * weight of each row x of residual (B, C), or its codes of out_scale.
+    """out = x / sqrt(mean(x^2) + eps) * weight of each row x of residual (B, C), or its codes of out_scale.
 
     residual  (B, C) float, contiguous; as all tensors here
     out       (B, C), codes where there is an out_scale (), else floats or wide codes

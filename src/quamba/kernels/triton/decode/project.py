@@ -1,4 +1,4 @@
-"""A projection of a few rows, ended by what follows it: nothing, the convolution's step, or the residual sum."""
+"""A projection of a few rows with what follows it: the convolution's step, the residual sum, or nothing."""
 
 from __future__ import annotations
 
@@ -140,10 +140,11 @@ def _project_kernel(
     EARLY: tl.constexpr,
 ) -> None:
     let_next_start(EARLY)
-    n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    first_row = tl.program_id(0) * ROWS
+    n = first_row + tl.arange(0, ROWS)
     inside = n < features
     # Before the wait: all that does not depend on this step.
-    weights = read_rows(w, n, inside, ROW, CHUNK)
+    weights = read_rows(w + first_row.to(tl.int64) * ROW, tl.arange(0, ROWS), inside, ROW, CHUNK)
     scales = ()
     row_scale = tl.full([ROWS], 0.0625 if BITS == 4 and KIND != 1 else 1.0, tl.float32)
     if GROUPS > 1:
@@ -206,22 +207,23 @@ def _project_kernel(
                 value = to_codes(tl.div_rn(y, step), False, False)
             else:
                 value = y.to(out.dtype.element_ty)
-            if window is not None:
-                at = window + m * window_batch + c
-                total = value.to(dtype) * products[WIDTH - 1]
-                for i in tl.static_range(WIDTH - 1):
-                    before = windows[m * (WIDTH - 1) + i]
-                    total += before.to(dtype) * products[i]
-                    if i > 0:
-                        tl.store(at + (i - 1) * channels, before, mask=in_conv)
-                if WIDTH > 1:
-                    tl.store(at + (WIDTH - 2) * channels, value, mask=in_conv)
-                result = silu(total.to(tl.float32) * tap_scale + tap_shift)
-                if conv_scale is not None:
-                    convolved = to_codes(result * inverse, HALF_AWAY, False)
-                else:
-                    convolved = result.to(out.dtype.element_ty)
-                value = tl.where(in_conv, convolved, value)
+            if window is not None:  # noqa: SIM102, known when compiled; the other only when run
+                if (first_row + ROWS > conv_first) & (first_row < conv_last):
+                    at = window + m * window_batch + c
+                    total = value.to(dtype) * products[WIDTH - 1]
+                    for i in tl.static_range(WIDTH - 1):
+                        before = windows[m * (WIDTH - 1) + i]
+                        total += before.to(dtype) * products[i]
+                        if i > 0:
+                            tl.store(at + (i - 1) * channels, before, mask=in_conv)
+                    if WIDTH > 1:
+                        tl.store(at + (WIDTH - 2) * channels, value, mask=in_conv)
+                    result = silu(total.to(tl.float32) * tap_scale + tap_shift)
+                    if conv_scale is not None:
+                        convolved = to_codes(result * inverse, HALF_AWAY, False)
+                    else:
+                        convolved = result.to(out.dtype.element_ty)
+                    value = tl.where(in_conv, convolved, value)
             tl.store(out + m * features + n, value, mask=inside)
 
 
@@ -257,7 +259,8 @@ def project(
 ) -> None:
     """out[b] = W x[b] + bias, as ``kernels/reference/linear.py`` has it, for B of 1 to 4; one launch.
 
-    x         (B, K) of codes, floats or wide codes; out (B, N) int8 where there is an out_scale () or (N,), else float
+    x         (B, K) of codes, floats or wide codes
+    out       (B, N) int8 where there is an out_scale () or (N,), else float
     x_scale   () or None where the weight's columns contain it
     conv      its channels of out are then those of the convolution, whose window moves on by one
     residual  (B, N) float: out is only added to it, and not written

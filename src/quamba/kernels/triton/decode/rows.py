@@ -1,9 +1,9 @@
 """Rows of a weight matrix times one vector: the weights into registers first, then the sums.
 
 A row is read in chunks of words (32 bits: four int8 or eight int4 codes) or of floats; a program holds all
-chunks of its rows, for it reads them before it waits for the vector. With 128 words a chunk a lane has the same
-four words of the vector and of a row, and nothing moves between lanes before the last sum. The last chunk of a
-row is shorter where less is left.
+chunks of its rows, for it reads them before it waits for the vector. With 128 words a chunk, a lane has the
+same four words of vector and row, and nothing moves between lanes before the last sum. The last chunk
+of a row is shorter where less is left.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _read_vector(x: tl.tensor, ROW: tl.constexpr, CHUNK: tl.constexpr, EACH: tl.
 def _read_words(
     x: tl.tensor, ROW: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr
 ):
-    """Two tuples of int32 blocks: for BITS 4 the even and the odd ones of every eight int8, else all, twice."""
+    """Two tuples of int32 blocks: for 4 bits even and odd ones of every eight int8, else all, twice."""
     words = x.to(tl.pointer_type(tl.int32), bitcast=True)
     if BITS == 8:
         even = _read_vector(words, ROW, CHUNK, 1, 0)

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -196,8 +195,8 @@ def ssd_gate(
     projected  (B, C) int8 or float, what the projection and the convolution gave
     parts      of it: "x", "B", "C", "z", "dt"
     out        (B, H * P) float32
-    squares    (B, parts of heads, ``square_parts``) float32: sums of what the norm divides by, (y silu(z))^2, or
-               y^2 with norm_before_gate
+    squares    (B, ``square_parts``) float32: sums over parts of heads of what the norm divides by,
+               (y silu(z))^2, or y^2 with norm_before_gate
     """
     batch, columns = projected.shape
     nheads, d_state = A.shape[0], state.shape[-1]

@@ -1,8 +1,8 @@
 """What a projection of a step reads: floats, int8 codes, or 16 bits as two int8.
 
-Wide codes: a block of 32 neighbours has a float32 scale, max|x| / 32512, and each x two int8, x = scale * (256
-high + low). That is 2^-16 of the largest in the block, where float16 has 2^-11 of each; and a word of codes
-takes one instruction a half and four products, where float16 products would first unpack the weights.
+Wide codes: a block of 32 neighbours has a float32 scale, max|x| / 32512, and each x two int8,
+x = scale * (256 high + low). That is 2^-16 of the largest in the block, where float16 has 2^-11 of each; and
+four products take an instruction a half, where products of float16 would first unpack the weights.
 
 Split: the even inputs of a row come before the odd ones, as a word of int4 codes, shifted, has them.
 """
