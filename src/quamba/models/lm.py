@@ -130,7 +130,7 @@ class MambaLM(nn.Module):
         cache  read and advanced by L tokens, so that a prompt and single tokens go one way
         mask   (B, L) bool, False at left padding; only with an empty cache
         """
-        with _current(self.device):
+        with on_device(self.device):
             hidden = self.backbone(ids, cache, mask)
             if last_only:
                 hidden = _last_token(hidden)
@@ -191,7 +191,7 @@ def _new_layer(block: Block, batch: int, device: torch.device, working: bool) ->
     return layer
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a GPU the one kernels are launched on: Triton takes the current one, not that of its tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 

@@ -29,7 +29,7 @@ _BATCH, _PROMPT, _STEPS = 2, 37, 8
 #: moves others (0.027 with float16); an op that gives nothing costs 0.2 to 1.
 _TOLERANCES = {"w8a8": 0.06, "w4a8": 0.06, "w4a16": 0.01}
 _STATES = {"w8a8": "int8", "w4a8": "fp16", "w4a16": "fp16"}
-#: Graph and step run the same kernels, but libraries may choose another algorithm for a float product.
+#: Prompts run the same kernels in graphs, but libraries may choose another algorithm for a float product.
 _GRAPH_TOLERANCE = 0.01
 
 
@@ -99,7 +99,8 @@ def _compare_graph(config: ModelConfig, recipe: str, kernels: Kernels, device: t
     found_steps = torch.stack([graph.step(step).clone() for step in steps], dim=1)
     faults = [
         _too_far("prompt", found_prompt.cpu(), wanted_prompt.cpu(), _GRAPH_TOLERANCE),
-        _too_far("steps", found_steps.cpu(), wanted_steps.cpu(), _GRAPH_TOLERANCE),
+        # Fused, so that floats are rounded elsewhere than between single ops, as in another backend.
+        _too_far("steps", found_steps.cpu(), wanted_steps.cpu(), _TOLERANCES[recipe]),
     ]
     return "; ".join(filter(None, faults))
 

@@ -12,6 +12,7 @@ from quamba.models.cache import MambaCache
 from quamba.models.lm import MambaLM
 from quamba.runtime.choice import Choice, Chooser
 from quamba.runtime.graph import BatchGraphs
+from quamba.runtime.step import step_of
 
 #: Steps that make up for the capture of a graph.
 CAPTURE_STEPS = 4
@@ -55,9 +56,11 @@ class EagerDecoder:
     shares_cache = False
     drops_rows = True
 
+    @torch.inference_mode()
     def __init__(self, network: MambaLM, logits: Tensor, cache: MambaCache, choice: Choice) -> None:
         self.cache = cache
         self._network = network
+        self._step = step_of(network, cache)
         self._chooser = Chooser(len(logits), choice.vocab, choice.params.rules, network.device).begin(choice)
         self._ids = self._choose(logits)
 
@@ -65,14 +68,17 @@ class EagerDecoder:
         """The newest id of each line of the batch; waits for the device."""
         return self._ids.tolist()
 
+    @torch.inference_mode()
     def go_on(self) -> None:
         """Take one more step."""
-        self._ids = self._choose(decode_step(self._network, self._ids, self.cache))
+        self._ids = self._choose(self._step(self._ids))
 
+    @torch.inference_mode()
     def keep(self, lines: Sequence[int]) -> None:
         """Go on with these lines of the batch only."""
         kept = torch.tensor(lines, device=self._ids.device)
         self._ids, self.cache = self._ids[kept], self.cache.select(kept)
+        self._step = step_of(self._network, self.cache)
         self._chooser.keep(lines)
 
     def _choose(self, logits: Tensor) -> Tensor:

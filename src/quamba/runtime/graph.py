@@ -20,6 +20,7 @@ from quamba.models.cache import MambaCache
 from quamba.models.lm import MambaLM
 from quamba.runtime.choice import Chooser
 from quamba.runtime.sampling import Rules
+from quamba.runtime.step import step_of
 
 #: Runs before a capture: kernels are compiled and libraries choose their algorithms in them.
 WARM_UP_STEPS = 2
@@ -92,16 +93,15 @@ class DecodeGraph:
         self.ids = torch.zeros(batch, dtype=torch.int64, device=network.device)
         self.cache = network.new_cache(batch) if cache is None else cache
         self.chooser = chooser
+        with torch.inference_mode():
+            step = step_of(network, self.cache)
 
         def run() -> None:
-            self.logits = self._step(network)
+            self.logits = step(self.ids)
             if chooser is not None:
                 self.ids.copy_(chooser.choose(self.logits))
 
         self._graph = capture(run, network.device, warm_ups=WARM_UP_STEPS, pool=pool)
-
-    def _step(self, network: MambaLM) -> Tensor:
-        return network(self.ids[:, None], self.cache, last_only=True)[:, 0]
 
     @torch.inference_mode()
     def take(self, cache: MambaCache) -> None:

@@ -18,7 +18,7 @@ from quamba.formats.activation import Activation, Quantized, split
 from quamba.formats.parameter import as_tensor
 from quamba.formats.weight import QuantizedWeight
 from quamba.models.cache import LayerCache, MambaCache
-from quamba.models.lm import Block, MambaLM
+from quamba.models.lm import Block, MambaLM, on_device
 from quamba.models.mamba1 import MambaMixer
 from quamba.models.mamba2 import Mamba2Mixer
 from quamba.modules.conv import CausalConv1d
@@ -58,9 +58,10 @@ class FusedStep:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """ids (B,) int64 -> logits; the cache it was made for is advanced."""
-        self.embed(ids)
-        for launch in self.launches:
-            launch()
+        with on_device(self.logits.device):
+            self.embed(ids)
+            for launch in self.launches:
+                launch()
         return self.logits
 
 
@@ -70,6 +71,17 @@ def fused_step(network: MambaLM, cache: MambaCache) -> FusedStep | str:
         return _Builder(network, cache).build()
     except _UnfusedError as reason:
         return str(reason)
+
+
+def step_of(network: MambaLM, cache: MambaCache) -> Callable[[Tensor], Tensor]:
+    """ids (B,) int64 -> logits (B, padded_vocab), advancing ``cache``: fused, or op by op where it cannot be.
+
+    The logits may be overwritten by the next step. To be called in inference mode.
+    """
+    step = fused_step(network, cache) if network.kernels.name == "triton" else ""
+    if isinstance(step, FusedStep):
+        return step
+    return lambda ids: network(ids[:, None], cache, last_only=True)[:, 0]
 
 
 def _require(condition: bool, reason: str) -> None:
