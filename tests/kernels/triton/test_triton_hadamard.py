@@ -145,20 +145,20 @@ def test_one_row_is_spread_over_programs() -> None:
     assert split_for(4096, 5120) == Split(40, 7, 8, 1, 1)
 
 
-@pytest.fixture(params=["one tile", "many tiles", "two parts"])
+@pytest.fixture(params=["a program each", "many tiles", "two parts"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All ways to cut rows into tiles, whatever the number of rows; 2 programs walk over many tiles."""
-    slots, parts, programs = {"one tile": (64, 1, 1), "many tiles": (16, 1, 2), "two parts": (16, 2, 2)}[
-        request.param
-    ]
+    """All ways to cut rows into tiles, whatever the number of rows: few programs walk over many tiles."""
+    early, parts = request.param == "a program each", 2 if request.param == "two parts" else 1
 
     def cut(rows: int, n: int) -> Tiles | None:
         usual = tiles_for(rows, n)
         if usual is None:
             return None
-        slow = n // COLUMN
-        wide = max(slots, usual.slots) if slow <= slots else usual.slots
-        return dataclasses.replace(usual, slots=wide, rows=wide // slow, parts=parts, programs=programs)
+        slots = 64 if early else usual.slots
+        together = slots // (n // COLUMN)
+        programs = -(-rows // together) if early else 2
+        cut = {"slots": slots, "rows": together, "parts": parts, "programs": programs, "early": early}
+        return dataclasses.replace(usual, **cut)
 
     monkeypatch.setattr(module, "tiles_for", cut)
     monkeypatch.setattr(module, "_ROWS_FOR_TILES", 1)
@@ -239,7 +239,8 @@ def test_every_tile_holds_whole_rows(n: int, rows: int) -> None:
     assert tiles.slots in (16, 32, 64)
     assert 1 <= tiles.rows == tiles.slots // (n // COLUMN)
     assert tiles.programs % tiles.parts == 0
-    assert tiles.programs <= -(-rows // tiles.rows) * tiles.parts
+    whole = -(-rows // tiles.rows) * tiles.parts
+    assert tiles.programs == whole if tiles.early else tiles.programs <= whole
 
 
 @pytest.mark.parametrize("n", [64, 40 * 64, 40 * 512, 16384])
@@ -248,10 +249,10 @@ def test_what_tiles_are_not_for(n: int) -> None:
 
 
 def test_tiles_of_few_and_of_many_rows() -> None:
-    assert tiles_for(16, 5120) == Tiles(64, 1, 2, 32, 4, 1, 128)
-    assert tiles_for(2048, 5120) == Tiles(64, 1, 1, 528, 4, 1, 128)
-    assert tiles_for(64, 1536) == Tiles(16, 1, 2, 128, 4, 1, 128)
-    assert tiles_for(2048, 1536) == Tiles(64, 5, 1, 410, 4, 1, 128)
+    assert tiles_for(16, 5120) == Tiles(64, 1, 2, 32, 4, 1, True, 255)
+    assert tiles_for(2048, 5120) == Tiles(64, 1, 1, 528, 4, 1, False, 128)
+    assert tiles_for(64, 1536) == Tiles(16, 1, 2, 128, 4, 1, True, 255)
+    assert tiles_for(2048, 1536) == Tiles(64, 5, 1, 410, 4, 1, False, 128)
 
 
 @pytest.mark.parametrize(("n", "groups"), [(24, 1), (24, 3), (64, 4), (256, 8)])

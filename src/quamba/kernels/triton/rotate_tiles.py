@@ -42,6 +42,7 @@ class Tiles:
     parts          programs a tile: 2 for one half of S X^T each
     programs       each walks over tiles
     num_stages     tiles that are loaded ahead, and one
+    early          a program has one tile, and registers to ask at once for all it reads
     max_registers  of a thread
     """
 
@@ -51,11 +52,12 @@ class Tiles:
     programs: int
     num_warps: int
     num_stages: int
+    early: bool
     max_registers: int
 
 
 def tiles_for(rows: int, n: int) -> Tiles | None:
-    """Four programs for each SM, two programs a tile if tiles are few; None if n does not fit."""
+    """Few tiles: a program or two each. Many: four programs for each SM. None if n does not fit."""
     slow = n // COLUMN
     if rows == 0 or n % COLUMN or slow > _MOST_SLOTS:
         return None
@@ -67,7 +69,8 @@ def tiles_for(rows: int, n: int) -> Tiles | None:
         slots *= 2
     tiles = triton.cdiv(rows, slots // slow)
     parts = 2 if 2 * tiles <= PROCESSORS else 1
-    return Tiles(slots, slots // slow, parts, min(tiles * parts, most), 4, 1, 128)
+    few = tiles * parts <= 2 * PROCESSORS
+    return Tiles(slots, slots // slow, parts, min(tiles * parts, most), 4, 1, few, 255 if few else 128)
 
 
 @functools.lru_cache(maxsize=64)
@@ -124,21 +127,14 @@ def _read_gated(
 
 
 @triton.jit
-def _normalise(
-    v: tl.tensor,
-    gate: tl.tensor,
-    inverse: tl.tensor,
-    weight: tl.tensor,
-    channel: tl.tensor,
-    present: tl.tensor,
-    NORM_FIRST: tl.constexpr,
+def _weights(
+    weight: tl.tensor, channel: tl.tensor, present: tl.tensor, other: tl.tensor, HAVE: tl.constexpr
 ) -> tl.tensor:
-    v *= inverse
-    if weight is not None:
-        v *= tl.load(weight + channel, mask=present, other=0).to(tl.float32)
-    if NORM_FIRST:
-        v *= gate
-    return v
+    """Those of the norm for each element; ``other`` where there are none or they are not to be had now."""
+    w = other
+    if weight is not None and HAVE:
+        w = tl.load(weight + channel, mask=present, other=0).to(tl.float32)
+    return w
 
 
 @triton.jit
@@ -198,7 +194,7 @@ def _mix_and_store(
     tl.store(out, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def _tile_kernel(
     x: tl.tensor,
     z: tl.tensor,
@@ -209,6 +205,7 @@ def _tile_kernel(
     out: tl.tensor,
     out_scale: tl.tensor,
     rows: tl.tensor,
+    steps: tl.tensor,
     x_stride: tl.tensor,
     z_stride: tl.tensor,
     eps: tl.tensor,
@@ -221,11 +218,12 @@ def _tile_kernel(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
     WIDE: tl.constexpr,
     HALF_AWAY: tl.constexpr,
     WRAP: tl.constexpr,
 ) -> None:
-    """z None: no gated norm. GROUP: columns of its groups."""
+    """z None: no gated norm. GROUP: columns of its groups. EARLY: one step, without a loop."""
     half: tl.constexpr = _HALF
     fast = tl.arange(0, half)[:, None]
     slots = tl.arange(0, SLOTS)
@@ -241,9 +239,9 @@ def _tile_kernel(
         if HALF_AWAY:  # a hair more, and what rounds half to even rounds ties away from zero
             norm *= 1.0000002384185791
     part = tl.program_id(0) % PARTS
-    walkers = tl.num_programs(0) // PARTS
-    for tile in tl.range(tl.program_id(0) // PARTS, tl.cdiv(rows, ROWS), walkers, num_stages=STAGES):
-        row = (slot // SLOW).to(tl.int64) + tile * ROWS
+    first = (tl.program_id(0) // PARTS * ROWS + slot // SLOW).to(tl.int64)
+    for step in tl.range(1 if EARLY else steps, num_stages=STAGES):
+        row = first + step * (tl.num_programs(0) // PARTS * ROWS)
         inside = present & (row < rows)
         upper = x + (row * x_stride + channel)
         factor = norm
@@ -256,14 +254,22 @@ def _tile_kernel(
             b, gate_b = _read_gated(
                 upper + half, gate + half, z_scale, channel + half, present, inside, Z_SCALES, NORM_FIRST
             )
+            weight_a = _weights(weight, channel, present, a, EARLY)
+            weight_b = _weights(weight, channel + half, present, b, EARLY)
             power = tl.sum(a * a + b * b, axis=0)
             if ROWS * SLOW == GROUP:
                 power = tl.sum(power, axis=0)
             else:
                 power = _add_alike(power, slots // GROUP)[None, :]
             inverse = tl.div_rn(1.0, tl.sqrt_rn(power / (GROUP * 2 * half) + eps))
-            a = _normalise(a, gate_a, inverse, weight, channel, present, NORM_FIRST)
-            b = _normalise(b, gate_b, inverse, weight, channel + half, present, NORM_FIRST)
+            a *= inverse
+            b *= inverse
+            if weight is not None:
+                a *= _weights(weight, channel, present, weight_a, not EARLY)
+                b *= _weights(weight, channel + half, present, weight_b, not EARLY)
+            if NORM_FIRST:
+                a *= gate_a
+                b *= gate_b
         if WIDE:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
@@ -321,6 +327,7 @@ def rotate_tiles(
         out,
         out_scale,
         rows,
+        triton.cdiv(triton.cdiv(rows, tiles.rows) * tiles.parts, tiles.programs),
         x.stride(0),
         0 if gate is None else gate.stride(0),
         eps,
@@ -333,6 +340,7 @@ def rotate_tiles(
         ROWS=tiles.rows,
         PARTS=tiles.parts,
         STAGES=tiles.num_stages,
+        EARLY=tiles.early,
         WIDE=not narrow,
         HALF_AWAY=half_away,
         WRAP=wrap,
