@@ -165,9 +165,9 @@ def test_what_fits() -> None:
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 64, 65, 512, 8192])
 @pytest.mark.parametrize("features", [24, 2560, 10576, 50288])
 def test_launches_are_possible(tokens: int, features: int) -> None:
-    for is_float in (False, True):
-        for grouped in (False, True):
-            launch = tile_launch(tokens, features, 2560, is_float=is_float, grouped=grouped)
+    for bits, is_float in ((8, False), (4, False), (8, True), (4, True)):
+        for scales in ("row", "group", "levels"):
+            launch = tile_launch(tokens, features, 2560, bits, is_float, scales, 128)
             sizes = (launch.features, launch.tokens, launch.inputs, launch.slices, launch.warps)
             assert all(size & (size - 1) == 0 for size in sizes)
             assert launch.slices == 1 or launch.splits == 1

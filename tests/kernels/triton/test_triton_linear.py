@@ -11,6 +11,7 @@ from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.reference import linear as reference
 from quamba.kernels.triton import linear as module
 from quamba.kernels.triton.linear import FEW_ROWS, linear
+from quamba.kernels.triton.unpack import unpack
 
 FORMATS = {
     "int8-tensor": WeightFormat(8, "tensor"),
@@ -22,8 +23,8 @@ FORMATS = {
 }
 #: (tokens, features, inputs): single tokens, ragged edges of tiles, inputs that are no multiple of a tile.
 SHAPES = [
-    (1, 40, 256),
-    (FEW_ROWS, 33, 384),
+    (1, 9, 256),
+    (FEW_ROWS, 5, 384),
     (FEW_ROWS + 1, 65, 256),
     (17, 7, 128),
     (70, 130, 384),
@@ -63,7 +64,7 @@ def test_integer_products(format: WeightFormat, shape: tuple[int, int, int], dev
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("channel", [False, True], ids=["one-scale", "channel-scales"])
 def test_codes_out(format: WeightFormat, tokens: int, channel: bool, device: str) -> None:
-    features, inputs = 37, 256
+    features, inputs = 13, 256
     weight, x = random_weight(format, features, inputs, device), random_codes((1, tokens, inputs), device)
     bias = torch.randn(features, device=device)
     scale = torch.rand(features, device=device) * 0.1 + 0.02 if channel else torch.tensor(0.05, device=device)
@@ -96,7 +97,7 @@ def test_a_folded_scale_is_not_applied(tokens: int, device: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 6])
 def test_half_activations(format: str, tokens: int, device: str) -> None:
     """Against float64, at most twice the error of the reference in float16, which rounds each weight."""
-    features, inputs = 37, 384
+    features, inputs = 9, 384
     weight = random_weight(FORMATS[format], features, inputs, device)
     x = torch.randn(tokens, inputs, device=device).half()
     exact = reference.linear(x.double(), weight, out_dtype=torch.float64)
@@ -109,19 +110,48 @@ def test_half_activations(format: str, tokens: int, device: str) -> None:
     assert int((codes - (exact / scale).round()).abs().max()) <= 1
 
 
-@pytest.mark.parametrize("format", ["int4-group", "int4-two-level", "int4-channel"])
-def test_many_rows_of_codes(format: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed weights become int8 in parts; the results are those of few rows."""
-    monkeypatch.setattr(module, "PACKED_ROWS", 8)
-    monkeypatch.setattr(module, "_MOST_UNPACKED", 20 * 256)
-    weight, x = random_weight(FORMATS[format], 37, 256, device), random_codes((9, 256), device)
+@pytest.mark.parametrize(
+    "format",
+    [FORMATS["int4-two-level"], FORMATS["int4-channel"], WeightFormat(4, "group", 75)],
+    ids=["two-level", "channel", "group-of-75"],
+)
+def test_unpacked_codes(format: WeightFormat, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows, or groups of no whole bytes: weights become int8 in parts, with the same results."""
+    inputs = 300 if format.group_size == 75 else 256
+    weight, x = random_weight(format, 37, inputs, device), random_codes((9, inputs), device)
+    monkeypatch.setattr(module, "_MOST_UNPACKED", 20 * inputs)
     bias, scale = torch.randn(37, device=device), torch.rand(37, device=device) * 0.1 + 0.02
+    parts = unpacked_parts(monkeypatch)
     for outputs in ({}, {"out_scale": scale}, {"out_dtype": torch.float16}):
+        monkeypatch.setattr(module, "PACKED_ROWS", 8)
         many = linear(x, weight, bias, **outputs)
-        few = linear(Quantized(x.codes[:8], x.scale), weight, bias, **outputs)
-        assert torch.equal(many[:8], few)
+        assert parts == [20, 17]
+        parts.clear()
+        monkeypatch.setattr(module, "PACKED_ROWS", 9)
+        assert torch.equal(many, linear(x, weight, bias, **outputs))
+        assert bool(parts) == (format.group_size == 75)
+        parts.clear()
     expected = reference.linear(x, weight, bias)
     torch.testing.assert_close(linear(x, weight, bias), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_scales_of_groups_are_never_unpacked_for(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PACKED_ROWS", 8)
+    parts = unpacked_parts(monkeypatch)
+    linear(random_codes((9, 256), device), random_weight(FORMATS["int4-group"], 8, 256, device))
+    assert parts == []
+
+
+def unpacked_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of the weight that are unpacked from now on, call by call."""
+    parts: list[int] = []
+
+    def recorded(weight: QuantizedWeight, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+        parts.append(stop - start)
+        return unpack(weight, dtype, start, stop)
+
+    monkeypatch.setattr(module, "unpack", recorded)
+    return parts
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

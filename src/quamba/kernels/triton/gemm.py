@@ -9,22 +9,26 @@ added in a fixed order either way.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
+from quamba.kernels.triton.dependency import dependent_launch, wait_for_inputs
 from quamba.kernels.triton.planes import weight_planes, x_planes
+from quamba.kernels.triton.recurrence import PROCESSORS
 from quamba.kernels.triton.words import NATIVE, round_code
 
 #: Added to an integer of up to 2^22 as an integer, the bits of the float32 12582912 + integer.
 _FLOAT_BITS = tl.constexpr(0x4B400000)
 #: Rows from which the planes of x are made once, before the product, rather than by every tile.
 _PLANAR_ROWS = 256
+
+#: What is scaled: the sum of a row, sums of groups, or codes before the sum ("levels").
+Scales = Literal["row", "group", "levels"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class Operand:
     def groups(self) -> int:
         scale = self.group_scale if self.group_scale is not None else self.levels
         return 1 if scale is None else scale.shape[1]
+
+    @property
+    def scales(self) -> Scales:
+        return "levels" if self.levels is not None else "group" if self.group_scale is not None else "row"
 
     def rows(self, start: int, stop: int) -> Operand:
         """The operand of these features."""
@@ -91,18 +99,53 @@ class TileLaunch:
     order: int = 8
 
 
-def tile_launch(tokens: int, features: int, inputs: int, *, is_float: bool, grouped: bool) -> TileLaunch:
-    """A few rows: the bytes of the weight in flight; many: the tile that keeps tensor cores busy."""
+def tile_launch(
+    tokens: int, features: int, inputs: int, bits: int, is_float: bool, scales: Scales, group: int
+) -> TileLaunch:
+    """From timings on an H200 (docs/notes/gpu-kernels.md).
+
+    bits      of the weights
+    is_float  x is float16, else int8
+    group     inputs that share a scale
+    """
     if tokens <= 16:
-        rows = 32 if features >= 8192 else 16
-        return TileLaunch(rows, 16, slices=4 if rows == 32 else 8, warps=4 if rows == 32 else 8, stages=3)
+        return _few_rows(features, inputs)
     if tokens <= 64:
-        tiles = triton.cdiv(features, 64)
-        splits = max(1, min(8, 330 // tiles, inputs // 512))
-        return TileLaunch(64, triton.next_power_of_2(tokens), splits=splits)
-    if grouped or is_float:
-        return TileLaunch(128, 128, warps=8, stages=3)
-    return TileLaunch(128, 128 if tokens <= 512 else 256, warps=8, stages=3)
+        return _some_rows(triton.next_power_of_2(tokens), features, inputs, bits, is_float)
+    if is_float:
+        launch = TileLaunch(128, 64, warps=4 if tokens <= 128 else 8, stages=3)
+    elif bits == 4 or scales == "group":
+        launch = TileLaunch(64, 128, stages=3)
+    elif triton.cdiv(features, 128) * triton.cdiv(tokens, 128) < PROCESSORS:
+        launch = TileLaunch(64, 128)
+    else:
+        launch = TileLaunch(128, 128, warps=8, stages=3)
+    tiles = triton.cdiv(features, launch.features) * triton.cdiv(tokens, launch.tokens)
+    return replace(launch, splits=_splits(PROCESSORS // tiles, 4, inputs))
+
+
+def _few_rows(features: int, inputs: int) -> TileLaunch:
+    """Up to 16: bytes of the weight in flight are what counts; the sums of few tiles are shared out."""
+    tiles = triton.cdiv(features, 64)
+    if 100 <= tiles < 330:
+        return TileLaunch(32, 16, slices=4, stages=3)
+    return TileLaunch(64, 16, splits=_splits(330 // tiles, 8, inputs))
+
+
+def _some_rows(tokens: int, features: int, inputs: int, bits: int, is_float: bool) -> TileLaunch:
+    """Up to 64. Unpacking a code for float16 takes longer than for int8, and wide tiles do it less often."""
+    tiles = triton.cdiv(features, 64)
+    if is_float or (bits == 4 and tiles >= 330):
+        splits = _splits(triton.cdiv(330, triton.cdiv(features, 128)), 4, inputs)
+        return TileLaunch(128, tokens, splits=splits, warps=8)
+    if bits == 4:
+        return TileLaunch(64, tokens, splits=_splits(500 // tiles, 8, inputs))
+    return TileLaunch(64, tokens, splits=_splits(200 // tiles, 4, inputs))
+
+
+def _splits(wanted: int, most: int, inputs: int) -> int:
+    """At least 512 inputs each."""
+    return max(1, min(wanted, most, inputs // 512))
 
 
 def planes_of(bits: int, is_float: bool) -> int:
@@ -124,11 +167,9 @@ def multiply(rows: Tensor, operand: Operand, target: Target, launch: TileLaunch 
     if tokens == 0 or features == 0:
         return
     planes = planes_of(operand.bits, is_float)
-    if launch is None:
-        launch = tile_launch(
-            tokens, features, inputs, is_float=is_float, grouped=operand.group_scale is not None
-        )
     width = inputs // groups
+    if launch is None:
+        launch = tile_launch(tokens, features, inputs, operand.bits, is_float, operand.scales, width)
     step = min(launch.inputs, triton.next_power_of_2(width))
     block = max(16 if is_float else 32, step // planes)
     parts = triton.cdiv(width, block * planes)
@@ -179,17 +220,10 @@ def multiply(rows: Tensor, operand: Operand, target: Target, launch: TileLaunch 
         return
     _tiles[(tiles, splits)](**arguments, **shared, PLANAR=planar, SPLIT=splits > 1, ORDER=launch.order)
     if splits > 1:
-        early = {"launch_pdl": True} if _starts_early(rows.device) else {}
         _add_splits[(triton.cdiv(features, 256), tokens)](
             sums, row_scale, target.out, target.out.stride(0), **shared,
-            SPLITS=splits, BLOCK=256, EARLY=bool(early), num_warps=2, **early,
+            SPLITS=splits, BLOCK=256, num_warps=2, **dependent_launch(rows.device),
         )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=16)
-def _starts_early(device: torch.device) -> bool:
-    """Whether a kernel can be launched while the one before it is still at work (compute capability 9.0)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def in_planes(rows: Tensor) -> Tensor:
@@ -413,8 +447,7 @@ def _add_splits(
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = tl.program_id(1).to(tl.int64)
     valid = n < features
-    if NATIVE and EARLY:  # launched while the programs before are still at work
-        gdc_wait()
+    wait_for_inputs(EARLY)
     at = sums + m * features + n
     total = tl.load(at, mask=valid, other=0)
     for s in tl.static_range(1, SPLITS):

@@ -28,14 +28,13 @@ from quamba.kernels.triton.words import (
     odd_bytes,
 )
 
-#: Where a weight with two levels of scales keeps its int8 numbers.
-_INT8 = "_int8_operand"
 #: Rows of x up to which weights are multiplied word by word; a tensor core would idle on most of its tile.
 FEW_ROWS = 4
 #: Rows of float16 up to which our kernel multiplies with integer weights as they are.
-HALF_ROWS = 128
+HALF_ROWS = 256
 #: Rows of int8 up to which packed weights are taken apart by every tile that needs them; else once, before.
-PACKED_ROWS = 256
+#: Those with scales of groups always are: int8 with such scales would take as long.
+PACKED_ROWS = 1024
 #: Weights of one product that are unpacked at a time.
 _MOST_UNPACKED = 1 << 25
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -105,7 +104,7 @@ def _multiply_codes(rows: Tensor, weight: QuantizedWeight, target: Target) -> No
         _int_words[(triton.cdiv(weight.shape[0], launch.rows),)](
             **_word_arguments(rows, operand, target, launch), BITS=bits, TWO_LEVEL=operand.levels is not None
         )
-    elif bits == 8 or (tokens <= PACKED_ROWS and fits(operand, False)):
+    elif bits == 8 or (fits(operand, False) and (tokens <= PACKED_ROWS or operand.group_scale is not None)):
         multiply(rows, operand, target)
     else:
         for start, stop in _slabs(weight):
@@ -182,17 +181,6 @@ def _word_arguments(rows: Tensor, operand: Operand, target: Target, launch: Word
         "WORDS": launch.words,
         "num_warps": launch.warps,
     }
-
-
-def _integer_operand(weight: QuantizedWeight) -> tuple[Tensor, Tensor, int]:
-    """Codes as the kernels read them, their scales and bits. With two levels of scales, the int8 numbers."""
-    if weight.channel_scale is None:
-        return weight.data, weight.scale, weight.format.bits
-    kept: tuple[Tensor, Tensor] | None = vars(weight).get(_INT8)
-    if kept is None or kept[0].device != weight.data.device:
-        kept = weight.integers()
-        object.__setattr__(weight, _INT8, kept)  # beside the buffers: it is saved nowhere
-    return kept[0], kept[1], 8
 
 
 @triton.jit

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.hadamard import hadamard_factors, paley_matrix, sylvester_matrix
-from quamba.kernels.triton.decode.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.decode.vectors import Vector, place, wide_codes
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.quantize import to_codes
 
 _LARGEST_BLOCK = 64

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quamba.kernels.triton.decode.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.decode.vectors import Vector, place, wide_codes
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.quantize import to_codes
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.weight import QuantizedWeight
-from quamba.kernels.triton.decode.dependency import dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.codes import codes_and_scales
 from quamba.kernels.triton.decode.rows import (
     read_group_scales,
     read_rows,
@@ -21,7 +21,7 @@ from quamba.kernels.triton.decode.rows import (
     sums_of_wide_codes,
 )
 from quamba.kernels.triton.decode.vectors import Vector
-from quamba.kernels.triton.linear import _integer_operand as integer_operand
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.quantize import silu, to_codes
 
 # What x and the weights are (a constexpr of the kernel).
@@ -79,7 +79,7 @@ class Matrix:
         if not isinstance(weight, QuantizedWeight):
             fits = x_is_float and weight.is_contiguous()
             return cls(weight, None, FLOATS, 16, features, inputs) if fits else None
-        data, scale, bits = integer_operand(weight)
+        data, scale, bits = codes_and_scales(weight)
         groups = scale.shape[1]
         whole = inputs % (128 if groups > 1 else 32) == 0 and (groups == 1 or inputs // groups == 128)
         if (

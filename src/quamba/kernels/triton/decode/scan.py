@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.weight import QuantizedWeight
-from quamba.kernels.triton.decode.dependency import dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.codes import codes_and_scales
 from quamba.kernels.triton.decode.ssd import Part
-from quamba.kernels.triton.linear import _integer_operand as integer_operand
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.quantize import silu, to_codes
 from quamba.kernels.triton.recurrence import (
     LOG2E,
@@ -172,7 +172,7 @@ class TimeSteps:
         """None for what the kernel does not multiply."""
         if not isinstance(weight, QuantizedWeight):
             return cls(weight, None, out_scale, half) if weight.is_contiguous() else None
-        data, scale, bits = integer_operand(weight)
+        data, scale, bits = codes_and_scales(weight)
         fits = bits == 8 and scale.shape[1] == 1 and data.shape[1] % 4 == 0 and data.is_contiguous()
         return cls(data, scale, out_scale, half) if fits else None
 

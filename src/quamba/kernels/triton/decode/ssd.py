@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quamba.kernels.triton.decode.dependency import dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.quantize import silu
 from quamba.kernels.triton.recurrence import (
     CHANNEL_SCALES,

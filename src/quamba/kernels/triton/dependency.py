@@ -1,9 +1,11 @@
 """Programmatic dependent launch: a kernel starts while the one before it still runs.
 
-A kernel of a step calls ``let_next_start`` first, so that the next one can take what room is left on the GPU.
-It then reads what no kernel of the step writes before it reads it: weights, and states of its own layer.
-``wait_for_inputs`` returns when all kernels before it are done and their writes can be seen. The first kernel
-of a step must be an ordinary launch, which keeps two steps apart.
+``wait_for_inputs`` returns when all kernels before it are done and their writes can be seen. What a kernel
+reads before that must be written by no kernel that may still run.
+
+A kernel of a decoding step (``decode/``) calls ``let_next_start`` first, so that the next one can take what
+room is left on the GPU. It then reads what no kernel of the step writes before it reads it: weights, and
+states of its own layer. The first kernel of a step must be an ordinary launch, which keeps two steps apart.
 """
 
 from __future__ import annotations
