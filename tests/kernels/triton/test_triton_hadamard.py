@@ -150,8 +150,8 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """All ways to cut rows into tiles, whatever the number of rows: few programs walk over many tiles."""
     early, parts = request.param == "a program each", 2 if request.param == "two parts" else 1
 
-    def cut(rows: int, n: int) -> Tiles | None:
-        usual = tiles_for(rows, n)
+    def cut(rows: int, n: int, gated: bool = False) -> Tiles | None:
+        usual = tiles_for(rows, n, gated)
         if usual is None:
             return None
         slots = 64 if early else usual.slots
@@ -250,9 +250,10 @@ def test_what_tiles_are_not_for(n: int) -> None:
 
 def test_tiles_of_few_and_of_many_rows() -> None:
     assert tiles_for(16, 5120) == Tiles(64, 1, 2, 32, 4, 1, True, 255)
-    assert tiles_for(2048, 5120) == Tiles(64, 1, 1, 528, 4, 1, False, 128)
+    assert tiles_for(2048, 5120) == Tiles(64, 1, 1, 264, 4, 3, False, 168)
+    assert tiles_for(2048, 5120, gated=True) == Tiles(64, 1, 1, 528, 4, 1, False, 128)
     assert tiles_for(64, 1536) == Tiles(16, 1, 2, 128, 4, 1, True, 255)
-    assert tiles_for(2048, 1536) == Tiles(64, 5, 1, 410, 4, 1, False, 128)
+    assert tiles_for(2048, 1536, gated=True) == Tiles(64, 5, 1, 410, 4, 1, False, 128)
 
 
 @pytest.mark.parametrize(("n", "groups"), [(24, 1), (24, 3), (64, 4), (256, 8)])

@@ -256,7 +256,7 @@ def gated_norm_hadamard(
     n = y.shape[-1]
     check_groups(n, group_size)
     flat = as_rows("y", y)
-    tiles = tiles_for(flat.shape[0], n)
+    tiles = tiles_for(flat.shape[0], n, gated=True)
     if tiles is None or group_size % COLUMN:
         normed = gated_rms_norm(
             y,

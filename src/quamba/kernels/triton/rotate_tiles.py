@@ -56,8 +56,9 @@ class Tiles:
     max_registers: int
 
 
-def tiles_for(rows: int, n: int) -> Tiles | None:
-    """Few tiles: a program or two each. Many: four programs for each SM. None if n does not fit."""
+def tiles_for(rows: int, n: int, gated: bool = False) -> Tiles | None:
+    """Few tiles: a program or two each. Many: two programs for each SM, which load ahead, or four where the
+    gate, too, wants registers. None if n does not fit."""
     slow = n // COLUMN
     if rows == 0 or n % COLUMN or slow > _MOST_SLOTS:
         return None
@@ -70,7 +71,11 @@ def tiles_for(rows: int, n: int) -> Tiles | None:
     tiles = triton.cdiv(rows, slots // slow)
     parts = 2 if 2 * tiles <= PROCESSORS else 1
     few = tiles * parts <= 2 * PROCESSORS
-    return Tiles(slots, slots // slow, parts, min(tiles * parts, most), 4, 1, few, 255 if few else 128)
+    if few:
+        return Tiles(slots, slots // slow, parts, tiles * parts, 4, 1, True, 255)
+    if gated:
+        return Tiles(slots, slots // slow, 1, min(tiles, most), 4, 1, False, 128)
+    return Tiles(slots, slots // slow, 1, min(tiles, 2 * PROCESSORS), 4, 3, False, 168)
 
 
 @functools.lru_cache(maxsize=64)
