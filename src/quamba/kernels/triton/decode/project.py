@@ -38,13 +38,14 @@ class RowLaunch:
 
 
 def row_launch(features: int, elements: int, floats: bool) -> RowLaunch:
-    """As many rows as leave all chunks of them in registers: 40 to 80 words a lane of one warp.
+    """As many rows as leave all chunks of them in registers, 40 to 80 words a lane of one warp, and programs for
+    all multiprocessors. Short rows of a large matrix would else be more programs than the GPU starts in time.
 
     elements  of a row: words of codes, or floats
     """
     chunk = min(512 if floats else 128, triton.next_power_of_2(elements))
     held = elements // 2 if floats else elements  # 32-bit registers of a row
-    rows = 4
+    rows = 16
     while rows > 1 and (rows * held > 1536 or features < 1024 * rows):
         rows //= 2
     return RowLaunch(rows=rows, chunk=chunk, warps=max(1, min(4, rows * held // 2048)))
