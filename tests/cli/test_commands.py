@@ -181,6 +181,7 @@ def test_inspect_says_what_every_op_runs_on(run: Run, here: Path, device: str) -
     assert (shown["kernels"], shown["ops"]) == ("reference", dict.fromkeys(ops, "reference"))
     assert shown["reason"].endswith(reason)
     text = run(main, "inspect", "mamba-tiny", "--device", device).stdout
+    assert "A step of decoding: op by op." in text
     assert f"Kernels on {device}: reference. {shown['reason']}\n" in text
     assert [line.split() for line in text.splitlines()[-len(ops) :]] == [[op, "reference"] for op in ops]
 
@@ -193,7 +194,11 @@ def test_inspect_tells_backends_apart(run: Run, here: Path, monkeypatch: pytest.
     shown = json.loads(run(main, "inspect", "mamba-tiny", "--device", "cpu", "--json").stdout)
     assert (shown["kernels"], shown["reason"]) == ("triton", None)
     assert shown["ops"] == {op: "triton" if op == "linear" else "reference" for op in shown["ops"]}
-    assert "Kernels on cpu: triton.\n" in run(main, "inspect", "mamba-tiny", "--device", "cpu").stdout
+    text = run(main, "inspect", "mamba-tiny", "--device", "cpu").stdout
+    assert (
+        "Kernels on cpu: triton.\nA step of decoding: fused, 6 launches a block, for up to 4 sequences.\n"
+        in text
+    )
 
 
 def test_inspect_without_a_device_speaks_of_no_kernels(run: Run, here: Path) -> None:

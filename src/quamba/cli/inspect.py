@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from quamba.formats.weight import WeightFormat
+    from quamba.kernels.registry import Kernels
     from quamba.recipes.plan import BlockPlan, Plan
     from quamba.recipes.recipe import Recipe
 
@@ -69,7 +70,7 @@ def command(
         "percentile_alpha": None if plan.recipe.solver.kind == "unknown" else plan.alpha,
         "size_mib": round(mib(size_bytes), 3),
     }
-    kernels: dict[str, Any] = {"kernels": None} if device is None else _kernels(device)
+    kernels: dict[str, Any] = {"kernels": None} if device is None else _kernels(device, plan)
     if as_json:
         click.echo(json.dumps({**facts, **kernels, "plan": rows}, indent=2))
         return
@@ -86,12 +87,13 @@ def command(
 def _print_kernels(kernels: dict[str, Any], device: str) -> None:
     reason = f" {kernels['reason']}" if kernels["reason"] else ""
     click.echo(f"\nKernels on {device}: {kernels['kernels']}.{reason}")
+    click.echo(f"A step of decoding: {kernels['decoding']}.")
     click.echo(table(("op", "backend"), list(kernels["ops"].items())))
 
 
-def _kernels(device: str) -> dict[str, Any]:
+def _kernels(device: str, plan: Plan) -> dict[str, Any]:
     """kernels: those that a model is bound to on this device; reason: why not the fast ones, or None;
-    ops: the backend of every op."""
+    ops: the backend of every op; decoding: whether a step is fused."""
     import torch
 
     from quamba.api import choose_device
@@ -113,7 +115,19 @@ def _kernels(device: str) -> dict[str, Any]:
             for field in dataclasses.fields(kernels)
             if field.name != "name"
         },
+        "decoding": _decoding(kernels, plan),
     }
+
+
+def _decoding(kernels: Kernels, plan: Plan) -> str:
+    if kernels.name == "reference":
+        return "op by op"
+    import torch
+
+    from quamba.recipes.skeleton import skeleton
+    from quamba.runtime.step import describe_step
+
+    return describe_step(skeleton(plan).set_compute_dtype(torch.float16).use_kernels(kernels))
 
 
 def _without_triton(device: torch.device) -> str | None:

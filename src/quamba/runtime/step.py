@@ -73,6 +73,14 @@ def fused_step(network: MambaLM, cache: MambaCache) -> FusedStep | str:
         return str(reason)
 
 
+def describe_step(network: MambaLM) -> str:
+    """How a network on any device, "meta" too, would be decoded with its kernels: one line for people."""
+    step = fused_step(network, network.new_cache(1))
+    if isinstance(step, str):
+        return f"op by op ({step.rstrip('.')})"
+    return f"fused, {step.per_block} launches a block, for up to {MOST_SEQUENCES} sequences"
+
+
 def step_of(network: MambaLM, cache: MambaCache) -> Callable[[Tensor], Tensor]:
     """ids (B,) int64 -> logits (B, padded_vocab), advancing ``cache``: fused, or op by op where it cannot be.
 
@@ -234,8 +242,12 @@ class _Builder:
         from quamba.kernels.triton.decode.mix import block_size, mix
 
         channels, scale = mixed.shape[1], rotate.out_scale
-        size = block_size(channels) if rotate.enabled else next(s for s in (64, 32, 1) if channels % s == 0)
-        _require(size is not None and size >= 32, f"no kernel of it rotates {channels} channels")
+        ngroups = options.get("ngroups", 1)
+        size = block_size(channels, ngroups)
+        if not rotate.enabled:
+            size = next(s for s in (64, 32, 1) if channels // ngroups % s == 0)
+        fits = size is not None and size >= 32
+        _require(fits, f"no kernel of it has {channels} channels in {ngroups} groups before a projection")
         _require(scale is None or scale.numel() == 1, "rotations give codes of one scale in it")
         out = self._new_input(reader, channels, scale)
         options |= {"size": size, "rotate": rotate.enabled, "out_scale": scale}
