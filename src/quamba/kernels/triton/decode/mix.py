@@ -17,10 +17,15 @@ from quamba.kernels.triton.quantize import to_codes
 _LARGEST_BLOCK = 64
 
 
-def block_size(channels: int) -> int | None:
-    """Channels of a block: a row is a matrix X of such rows, rotated on both sides. None: no size fits."""
+def block_size(channels: int, ngroups: int = 1) -> int | None:
+    """Channels of a block: a row is a matrix X of such rows, rotated on both sides. None: no size fits.
+
+    A group of the norm is whole blocks.
+    """
     _, bits = hadamard_factors(channels)
     size = min(_LARGEST_BLOCK, 1 << bits)
+    while channels // ngroups % size:
+        size //= 2
     return size if size >= 32 and channels // size <= 256 else None
 
 
@@ -144,7 +149,7 @@ def mix(
 
     x        (B, C) float32
     out      (B, C), codes where there is an out_scale (), else floats or wide codes
-    size     channels of a block (``block_size``); without ``rotate`` any multiple of 32 that divides C
+    size     channels of a block (``block_size``); else any multiple of 32 that divides C / ngroups
     squares  (B, parts): sums of squares of parts of x; r = 1 / sqrt(mean over a group + eps). None: r = 1
     """
     batch, channels = x.shape

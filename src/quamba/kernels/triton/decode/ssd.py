@@ -36,7 +36,7 @@ class SsdLaunch:
 
 def ssd_launch(batch: int, nheads: int, headdim: int, d_state: int) -> SsdLaunch:
     """Parts of 16 channels, so that no warp has much to sum, until programs fill the GPU several times."""
-    channels = min(16 if batch * nheads < 512 else 32, headdim)
+    channels = min(16 if batch * nheads < 512 else 32, triton.next_power_of_2(headdim))
     return SsdLaunch(
         channels=channels, warps=max(1, min(4, channels * triton.next_power_of_2(d_state) // 1024))
     )
