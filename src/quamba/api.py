@@ -128,7 +128,7 @@ class Model:
         max_new_tokens  not counting the prompt; a sequence ends earlier at an end-of-text token or stop text
         seed            None: one from torch's global generator
         stop            texts that end a sequence, or one such text
-        cuda_graph      replay the step of a token as a CUDA graph; None: on a GPU with its own kernels
+        cuda_graph      replay prompts and steps as CUDA graphs; None: on a GPU with its own kernels
         stream          yield the new ids (B,) int64 one step at a time, -1 for sequences that have ended;
                         ``runtime.stream_text.stream_text`` makes text of them
         """

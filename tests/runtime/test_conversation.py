@@ -18,6 +18,7 @@ from variants import calibration_set, shipped, with_state
 
 from quamba.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from quamba.errors import QuambaError
+from quamba.kernels.registry import REFERENCE
 from quamba.models.cache import MambaCache
 from quamba.models.lm import MambaLM
 from quamba.quantization.pipeline import quantize_model
@@ -89,6 +90,7 @@ class Script:
     def __init__(self, tokenizer: Tokenizer, *answers: str) -> None:
         self.config = SimpleNamespace(vocab_size=257)
         self.device = torch.device("cpu")
+        self.kernels = REFERENCE
         self.to_say: Iterator[int] = iter([i for a in answers for i in [*tokenizer.encode(a), 0]])
         self.passes = 0
         self.raises: dict[int, BaseException] = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +20,9 @@ from quamba.checkpoints.tokenizer import Tokenizer
 from quamba.models.lm import MambaLM
 from quamba.quantization.pipeline import quantize_model
 from quamba.runtime import choice, decode
+from quamba.runtime import graph as graph_module
 from quamba.runtime.generate import Run, generate
-from quamba.runtime.graph import DecodeGraph, graph_wanted
+from quamba.runtime.graph import DecodeGraph, PrefillGraph, graph_wanted
 from quamba.runtime.prefill import prefill
 from quamba.runtime.sampling import SamplingParams
 
@@ -246,6 +249,41 @@ def test_steps_of_a_graph_without_a_choice(graphs: Graphs, family: str) -> None:
         given = torch.tensor([token, token + 1])
         assert torch.equal(graph.step(given), decode.decode_step(network, given, cache))
     assert graph.cache.layers[0].ssm_state is not cache.layers[0].ssm_state
+
+
+class OwnMemory:
+    """A step that works in a buffer of its own, as the fused one does."""
+
+    def __init__(self) -> None:
+        self.logits = torch.zeros(2, 64)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return self.logits
+
+
+def test_a_graph_keeps_the_memory_that_it_works_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real one holds addresses, and nothing that lives there."""
+    made: list[Any] = []
+
+    def step_of(network: MambaLM, cache: Any) -> OwnMemory:
+        step = OwnMemory()
+        made.extend([weakref.ref(step), weakref.ref(cache.layers[0])])
+        return step
+
+    monkeypatch.setattr(graph_module, "step_of", step_of)
+    monkeypatch.setattr(graph_module, "capture", lambda run, device, **options: run())
+    graph = DecodeGraph(model("mamba2"), 2)
+    gc.collect()
+    assert all(kept() is not None for kept in made) and len(made) == 2
+    del graph
+    gc.collect()
+    assert all(kept() is None for kept in made)
+    cache = model("mamba2").new_cache(2)
+    states = weakref.ref(cache.layers[0])
+    piece = PrefillGraph(model("mamba2"), 2, 64, cache)
+    del cache
+    gc.collect()
+    assert states() is not None and piece.logits.shape == (2, 64)
 
 
 def test_where_graphs_are_wanted() -> None:

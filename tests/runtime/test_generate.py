@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quamba.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from quamba.errors import QuambaError
+from quamba.kernels.registry import REFERENCE
 from quamba.models.lm import MambaLM
 from quamba.quantization.pipeline import quantize_model
 from quamba.recipes.recipe import Precision, Recipe
@@ -76,6 +77,7 @@ class Script:
     def __init__(self, *rows: list[int]) -> None:
         self.config = SimpleNamespace(vocab_size=257)
         self.device = torch.device("cpu")
+        self.kernels = REFERENCE
         self.rows = rows
         self.batch_sizes: list[int] = []
 

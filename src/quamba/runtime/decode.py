@@ -50,11 +50,9 @@ class EagerDecoder:
 
     cache         has read all ids but the newest
     shares_cache  whether others will overwrite it
-    drops_rows    whether ``keep`` makes the steps shorter
     """
 
     shares_cache = False
-    drops_rows = True
 
     @torch.inference_mode()
     def __init__(self, network: MambaLM, logits: Tensor, cache: MambaCache, choice: Choice) -> None:
@@ -96,7 +94,6 @@ class GraphDecoder:
     """
 
     shares_cache = True
-    drops_rows = False
 
     @torch.inference_mode()
     def __init__(
@@ -131,9 +128,6 @@ class GraphDecoder:
             self._capture()
         if not self._coming:
             self._advance()
-
-    def keep(self, lines: Sequence[int]) -> None:
-        raise NotImplementedError("a graph keeps its batch")
 
     def _advance(self) -> None:
         assert self._graph is not None

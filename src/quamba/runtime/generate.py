@@ -17,7 +17,7 @@ from quamba.checkpoints.tokenizer import Tokenizer
 from quamba.errors import QuambaError
 from quamba.models.lm import MambaLM
 from quamba.runtime.choice import Choice
-from quamba.runtime.decode import decode_step, new_decoder
+from quamba.runtime.decode import EagerDecoder, decode_step, new_decoder
 from quamba.runtime.graph import graph_wanted, lease
 from quamba.runtime.prefill import prefill, read
 from quamba.runtime.sampling import SamplingParams
@@ -173,9 +173,9 @@ def _steps(run: Run, rows: list[_Row], timing: _Timing) -> Iterator[list[int]]:
     network, eos = run.network, run.eos_ids
     choice = Choice.seeded(run.vocab, run.sampling, run.prompts, run.seed)
     with lease(network, len(rows)) if run.cuda_graph else nullcontext() as graphs:
-        ids, mask = (None if t is None else t.to(network.device) for t in _padded(run.prompts))
-        assert ids is not None
-        logits, cache = read(network, ids, mask, graphs=graphs)
+        ids, mask = left_pad([torch.tensor(prompt, dtype=torch.int64) for prompt in run.prompts])
+        mask = None if mask is None else mask.to(network.device)
+        logits, cache = read(network, ids.to(network.device), mask, graphs=graphs)
         steps = run.max_new_tokens - 1
         decoder = new_decoder(network, logits, cache, choice, steps=steps, graphs=graphs)
         active = list(range(len(rows)))  # row of each line of the batch
@@ -192,15 +192,11 @@ def _steps(run: Run, rows: list[_Row], timing: _Timing) -> Iterator[list[int]]:
             running = [line for line, i in enumerate(active) if rows[i].finished is None]
             if not running:
                 return
-            if decoder.drops_rows and 2 * len(running) <= len(active):
+            if isinstance(decoder, EagerDecoder) and 2 * len(running) <= len(active):
                 decoder.keep(running)
                 active = [active[line] for line in running]
             decoder.go_on()
             steps -= 1
-
-
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-    return left_pad([torch.tensor(prompt, dtype=torch.int64) for prompt in prompts])
 
 
 def _new_rows(run: Run) -> list[_Row]:

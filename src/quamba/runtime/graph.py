@@ -94,10 +94,10 @@ class DecodeGraph:
         self.cache = network.new_cache(batch) if cache is None else cache
         self.chooser = chooser
         with torch.inference_mode():
-            step = step_of(network, self.cache)
+            self._step = step_of(network, self.cache)  # kept: it may own memory that the graph works on
 
         def run() -> None:
-            self.logits = step(self.ids)
+            self.logits = self._step(self.ids)
             if chooser is not None:
                 self.ids.copy_(chooser.choose(self.logits))
 
@@ -132,6 +132,7 @@ class PrefillGraph:
     def __init__(
         self, network: MambaLM, batch: int, length: int, cache: MambaCache, *, pool: Any = None
     ) -> None:
+        self.cache = cache
         self._ids = torch.zeros(batch, length, dtype=torch.int64, device=network.device)
         self._mask = torch.ones(batch, length, dtype=torch.bool, device=network.device)
 
