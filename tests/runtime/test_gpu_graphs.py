@@ -27,8 +27,8 @@ pytestmark = [
 ]
 
 CUDA = torch.device("cuda", 0)
-# More sequences than steps are fused for, so that eager steps run the same kernels as graphs.
-ROWS = 6
+# Few enough for the fused step, and more than that.
+ROWS = (1, 6)
 SETTINGS = {
     "greedy": SamplingParams(),
     "penalty": SamplingParams(repetition_penalty=1.5),
@@ -87,10 +87,11 @@ def test_pieces_are_one_pass(family: str, recipe: str, state: str) -> None:
 
 
 @MODELS
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_ids_as_graphs(family: str, recipe: str, state: str, name: str) -> None:
+def test_ids_as_graphs(family: str, recipe: str, state: str, rows: int, name: str) -> None:
     network = model(family, recipe, state)
-    prompts = [random_ids(network.config, 5 + 3 * i, seed=i).tolist() for i in range(ROWS)]
+    prompts = [random_ids(network.config, 5 + 3 * i, seed=i).tolist() for i in range(rows)]
 
     def ids(graph: bool | None) -> list[list[int]]:
         run = generate(
@@ -103,9 +104,10 @@ def test_ids_as_graphs(family: str, recipe: str, state: str, name: str) -> None:
         assert ids(None) == expected
 
 
-def test_draws_go_on_after_their_block() -> None:
+@pytest.mark.parametrize("rows", ROWS)
+def test_draws_go_on_after_their_block(rows: int) -> None:
     network = model("mamba2", "w4a8")
-    prompts, free = [[3]] * ROWS, SETTINGS["free"]
+    prompts, free = [[3]] * rows, SETTINGS["free"]
     runs = [
         generate(network, None, prompts, max_new_tokens=270, sampling=free, seed=1, cuda_graph=graph)
         for graph in (False, None)
@@ -131,9 +133,10 @@ def test_a_seed_draws_the_same_numbers_on_every_device() -> None:
     assert found[0] == found[1]
 
 
-def test_streams_at_the_same_time() -> None:
+@pytest.mark.parametrize("rows", ROWS)
+def test_streams_at_the_same_time(rows: int) -> None:
     network = model("mamba2", "w4a8")
-    runs = [generate(network, None, [[k, k + 1]] * ROWS, max_new_tokens=20) for k in (3, 9)]
+    runs = [generate(network, None, [[k, k + 1]] * rows, max_new_tokens=20) for k in (3, 9)]
     expected = [[g.ids for g in run.collect()] for run in runs]
     steps = list(zip(*(run.stream() for run in runs), strict=True))
     for turn in (0, 1):

@@ -19,10 +19,10 @@ from quamba.profiling.machine import EnergyMeter
 from quamba.profiling.spec import Mode, ProfileSpec
 from quamba.quantization.pipeline import Progress
 from quamba.runtime.choice import Choice, Chooser
-from quamba.runtime.decode import decode_step
 from quamba.runtime.graph import DecodeGraph, graph_wanted
 from quamba.runtime.prefill import prefill
 from quamba.runtime.sampling import SamplingParams
+from quamba.runtime.step import step_of
 
 #: Untimed runs before the timed ones, fewer where they would take this share of the mode's time.
 WARMUPS: dict[Mode, int] = {"ttft": 10, "tpot": 10, "ttlt": 5}
@@ -95,7 +95,8 @@ def job(network: MambaLM, mode: Mode, spec: ProfileSpec) -> Job:
     if step is not None:
         graph = _begun(step, token, cache)
         return Job(lambda: graph.ids, lambda _: graph.advance(), spec.batch_size)
-    return Job(lambda: token, lambda ids: _choose(network, decode_step(network, ids, cache)), spec.batch_size)
+    eager = _eager_step(network, cache)
+    return Job(lambda: token, lambda ids: _choose(network, eager(ids)), spec.batch_size)
 
 
 def greedy_graph(network: MambaLM, batch: int) -> DecodeGraph:
@@ -115,12 +116,18 @@ def greedy(network: MambaLM, prompt: Tensor, gen_len: int, step: DecodeGraph | N
     tokens = [_choose(network, logits)]
     if step is not None:
         _begun(step, tokens[0], cache)
+        tokens += [step.advance().clone() for _ in range(gen_len - 1)]
+        return torch.stack(tokens, dim=1)
+    eager = _eager_step(network, cache)
     for _ in range(gen_len - 1):
-        if step is not None:
-            tokens.append(step.advance().clone())
-        else:
-            tokens.append(_choose(network, decode_step(network, tokens[-1], cache)))
+        tokens.append(_choose(network, eager(tokens[-1])))
     return torch.stack(tokens, dim=1)
+
+
+@torch.inference_mode()
+def _eager_step(network: MambaLM, cache: MambaCache) -> Callable[[Tensor], Tensor]:
+    """As ``generate`` takes steps without graphs."""
+    return torch.inference_mode()(step_of(network, cache))
 
 
 def _begun(step: DecodeGraph, ids: Tensor, cache: MambaCache) -> DecodeGraph:

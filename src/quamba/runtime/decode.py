@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class EagerDecoder:
     def __init__(self, network: MambaLM, logits: Tensor, cache: MambaCache, choice: Choice) -> None:
         self.cache = cache
         self._network = network
-        self._step = step_of(network, cache)
+        self._step: Callable[[Tensor], Tensor] | None = None  # bound to the cache when it is first wanted
         self._chooser = Chooser(len(logits), choice.vocab, choice.params.rules, network.device).begin(choice)
         self._ids = self._choose(logits)
 
@@ -69,6 +69,8 @@ class EagerDecoder:
     @torch.inference_mode()
     def go_on(self) -> None:
         """Take one more step."""
+        if self._step is None:
+            self._step = step_of(self._network, self.cache)
         self._ids = self._choose(self._step(self._ids))
 
     @torch.inference_mode()
@@ -76,7 +78,7 @@ class EagerDecoder:
         """Go on with these lines of the batch only."""
         kept = torch.tensor(lines, device=self._ids.device)
         self._ids, self.cache = self._ids[kept], self.cache.select(kept)
-        self._step = step_of(self._network, self.cache)
+        self._step = None
         self._chooser.keep(lines)
 
     def _choose(self, logits: Tensor) -> Tensor:
