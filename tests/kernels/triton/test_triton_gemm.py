@@ -12,7 +12,16 @@ from quamba.formats.activation import Quantized
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.reference import linear as reference
 from quamba.kernels.triton import gemm
-from quamba.kernels.triton.gemm import Operand, Target, TileLaunch, fits, in_planes, multiply, tile_launch
+from quamba.kernels.triton.gemm import (
+    Operand,
+    Product,
+    Target,
+    TileLaunch,
+    fits,
+    in_planes,
+    multiply,
+    tile_launch,
+)
 
 FORMATS = {
     "int8-channel": WeightFormat(8, "channel"),
@@ -165,9 +174,9 @@ def test_what_fits() -> None:
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 64, 65, 512, 8192])
 @pytest.mark.parametrize("features", [24, 2560, 10576, 50288])
 def test_launches_are_possible(tokens: int, features: int) -> None:
-    for bits, is_float in ((8, False), (4, False), (8, True), (4, True)):
+    for bits, half in ((8, False), (4, False), (8, True), (4, True)):
         for scales in ("row", "group", "levels"):
-            launch = tile_launch(tokens, features, 2560, bits, is_float, scales, 128)
+            launch = tile_launch(Product(tokens, features, 2560, bits, half, scales, 128))
             sizes = (launch.features, launch.tokens, launch.inputs, launch.slices, launch.warps)
             assert all(size & (size - 1) == 0 for size in sizes)
             assert launch.slices == 1 or launch.splits == 1

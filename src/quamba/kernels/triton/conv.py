@@ -9,11 +9,13 @@ from torch import Tensor
 
 from quamba.formats.activation import Activation, Quantized, Rounding
 from quamba.formats.weight import QuantizedWeight
+from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.quantize import Tile, check_dtype, check_last_stride, check_scale, silu, to_codes
 
 _MAX_WIDTH = 4
 
 
+@launch_choice("causal_conv1d.tile")
 def conv_tile(length: int, channels: int) -> Tile:
     """Rows are tokens, which a program takes one after another, so that it reads and unpacks each once."""
     if length == 1:

@@ -8,9 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.weight import QuantizedWeight
+from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.quantize import Tile, check_dtype, check_last_stride
 
 
+@launch_choice("embedding.tile")
 def embedding_tile(columns: int) -> Tile:
     """One token and up to 1024 columns a program: a row is a few KiB at most, and rows are far apart."""
     width = min(1024, triton.next_power_of_2(columns))

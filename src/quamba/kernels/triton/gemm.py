@@ -10,7 +10,7 @@ added in a fixed order either way.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.kernels.triton.dependency import dependent_launch, wait_for_inputs
+from quamba.kernels.triton.launches import launch_choice, row_bucket
 from quamba.kernels.triton.planes import weight_planes, x_planes
 from quamba.kernels.triton.recurrence import PROCESSORS
 from quamba.kernels.triton.words import NATIVE, round_code
@@ -56,6 +57,11 @@ class Operand:
     @property
     def scales(self) -> Scales:
         return "levels" if self.levels is not None else "group" if self.group_scale is not None else "row"
+
+    def product(self, rows: Tensor) -> Product:
+        tokens, inputs = rows.shape
+        half, group = rows.dtype == torch.float16, inputs // self.groups
+        return Product(tokens, self.data.shape[0], inputs, self.bits, half, self.scales, group)
 
     def rows(self, start: int, stop: int) -> Operand:
         """The operand of these features."""
@@ -99,22 +105,90 @@ class TileLaunch:
     order: int = 8
 
 
-def tile_launch(
-    tokens: int, features: int, inputs: int, bits: int, is_float: bool, scales: Scales, group: int
-) -> TileLaunch:
-    """From timings on an H200 (docs/notes/gpu-kernels.md).
+class Product(NamedTuple):
+    """What a launch is chosen for.
 
-    bits      of the weights
-    is_float  x is float16, else int8
-    group     inputs that share a scale
+    tokens   rows of x
+    bits     of the weights
+    half     x is float16, else int8
+    group    inputs that share a scale; with "row", all
     """
+
+    tokens: int
+    features: int
+    inputs: int
+    bits: int
+    half: bool
+    scales: Scales
+    group: int
+
+
+class ProductKey(NamedTuple):
+    """What tables know it by."""
+
+    x: str
+    weights: str
+    features: int
+    inputs: int
+    rows: int
+
+
+def product_key(product: Product) -> ProductKey:
+    weights = f"int{product.bits} {product.scales}"
+    if product.scales != "row":
+        weights += f" {product.group}"
+    rows = product.tokens if product.tokens <= 4 else row_bucket(product.tokens)
+    x = "float16" if product.half else "int8"
+    return ProductKey(x, weights, product.features, product.inputs, rows)
+
+
+def tile_candidates(product: Product) -> list[TileLaunch]:
+    """Tiles that were the best of some product, and some of their neighbours."""
+    tokens, inputs = product.tokens, product.inputs
+    if tokens <= 64:
+        width = max(16, triton.next_power_of_2(tokens))
+        return [*_sliced(width), *_shared_out(width, product)]
+    shapes = [(64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3)]
+    shapes += [(128, 64, 8, 4), (64, 64, 4, 4), (128, 128, 8, 3), (128, 128, 8, 4)]
+    found = []
+    for rows, columns, warps, stages in shapes:
+        tiles = triton.cdiv(product.features, rows) * triton.cdiv(tokens, columns)
+        for splits in sorted({1, _splits(triton.cdiv(PROCESSORS, tiles), 8, inputs)}):
+            found.append(TileLaunch(rows, columns, splits=splits, warps=warps, stages=stages))
+    return found
+
+
+def _sliced(width: int) -> list[TileLaunch]:
+    if width > 16:
+        return []
+    shapes = [(32, 4, 4, 3), (32, 4, 4, 4), (16, 4, 4, 4), (16, 8, 8, 3), (64, 2, 4, 3)]
+    return [TileLaunch(rows, 16, slices=s, warps=w, stages=n) for rows, s, w, n in shapes]
+
+
+def _shared_out(width: int, product: Product) -> list[TileLaunch]:
+    """By programs, as far as there are too few of them, but not so many that their sums take the time."""
+    found = []
+    shapes = [(32, 2, 5), (64, 4, 4), (64, 4, 6)] if width == 16 else [(64, 4, 4), (128, 8, 4), (128, 4, 4)]
+    for rows, warps, stages in shapes:
+        tiles = triton.cdiv(product.features, rows)
+        for splits in (1, 2, 3, 4, 8):
+            many = tiles * splits > 6 * PROCESSORS or product.inputs < 512 * splits
+            if splits == 1 or (not many and tiles * splits > PROCESSORS // 2):
+                found.append(TileLaunch(rows, width, splits=splits, warps=warps, stages=stages))
+    return found
+
+
+@launch_choice("linear.tiles", key=product_key, candidates=tile_candidates)
+def tile_launch(product: Product) -> TileLaunch:
+    """From timings on an H200 (docs/notes/gpu-kernels.md)."""
+    tokens, features, inputs, bits = product[:4]
     if tokens <= 16:
         return _few_rows(features, inputs)
     if tokens <= 64:
-        return _some_rows(triton.next_power_of_2(tokens), features, inputs, bits, is_float)
-    if is_float:
+        return _some_rows(product)
+    if product.half:
         launch = TileLaunch(128, 64, warps=4 if tokens <= 128 else 8, stages=3)
-    elif bits == 4 or scales == "group":
+    elif bits == 4 or product.scales == "group":
         launch = TileLaunch(64, 128, stages=3)
     elif triton.cdiv(features, 128) * triton.cdiv(tokens, 128) < PROCESSORS:
         launch = TileLaunch(64, 128)
@@ -132,15 +206,16 @@ def _few_rows(features: int, inputs: int) -> TileLaunch:
     return TileLaunch(64, 16, splits=_splits(330 // tiles, 8, inputs))
 
 
-def _some_rows(tokens: int, features: int, inputs: int, bits: int, is_float: bool) -> TileLaunch:
+def _some_rows(product: Product) -> TileLaunch:
     """Up to 64. Unpacking a code for float16 takes longer than for int8, and wide tiles do it less often."""
-    tiles = triton.cdiv(features, 64)
-    if is_float or (bits == 4 and tiles >= 330):
+    tokens, features, inputs, bits = product[:4]
+    width, tiles = triton.next_power_of_2(tokens), triton.cdiv(features, 64)
+    if product.half or (bits == 4 and tiles >= 330):
         splits = _splits(triton.cdiv(330, triton.cdiv(features, 128)), 4, inputs)
-        return TileLaunch(128, tokens, splits=splits, warps=8)
+        return TileLaunch(128, width, splits=splits, warps=8)
     if bits == 4:
-        return TileLaunch(64, tokens, splits=_splits(500 // tiles, 8, inputs))
-    return TileLaunch(64, tokens, splits=_splits(200 // tiles, 4, inputs))
+        return TileLaunch(64, width, splits=_splits(500 // tiles, 8, inputs))
+    return TileLaunch(64, width, splits=_splits(200 // tiles, 4, inputs))
 
 
 def _splits(wanted: int, most: int, inputs: int) -> int:
@@ -169,7 +244,7 @@ def multiply(rows: Tensor, operand: Operand, target: Target, launch: TileLaunch 
     planes = planes_of(operand.bits, is_float)
     width = inputs // groups
     if launch is None:
-        launch = tile_launch(tokens, features, inputs, operand.bits, is_float, operand.scales, width)
+        launch = tile_launch(operand.product(rows))
     step = min(launch.inputs, triton.next_power_of_2(width))
     block = max(16 if is_float else 32, step // planes)
     parts = triton.cdiv(width, block * planes)

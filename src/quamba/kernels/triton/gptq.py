@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quamba.kernels.triton.launches import launch_choice
+
 
 @dataclass(frozen=True)
 class Strip:
@@ -21,6 +23,7 @@ class Strip:
     num_warps: int
 
 
+@launch_choice("gptq.strip")
 def strip(columns: int) -> Strip:
     """One warp where 64 numbers a thread hold all columns: its sums then need no barrier."""
     return Strip(16, max(1, min(16, triton.next_power_of_2(columns) // 128)))

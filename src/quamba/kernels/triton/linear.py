@@ -15,7 +15,8 @@ from quamba.formats.activation import Activation, Quantized
 from quamba.formats.weight import QuantizedWeight
 from quamba.kernels.reference import linear as reference
 from quamba.kernels.reference.quantize import quantize_or_cast
-from quamba.kernels.triton.gemm import Operand, Target, finish, fits, multiply
+from quamba.kernels.triton.gemm import Operand, Product, Target, finish, fits, multiply, product_key
+from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.planes import level_words
 from quamba.kernels.triton.unpack import unpack
 from quamba.kernels.triton.words import (
@@ -49,13 +50,23 @@ class WordLaunch:
     warps: int
 
 
-def word_launch(features: int, words: int, bits: int) -> WordLaunch:
+def word_candidates(product: Product) -> list[WordLaunch]:
+    words = triton.next_power_of_2(product.inputs * product.bits // 32)
+    least = product.group * product.bits // 32 if product.scales == "group" else 1
+    shapes = [(rows, size, 1) for size in (64, 128) for rows in (1, 2, 4, 8)]
+    shapes += [(4, 32, 1), (1, 256, 1), (2, 256, 1), (4, 128, 2), (8, 256, 4)]
+    found = {WordLaunch(rows, min(size, words), warps): None for rows, size, warps in shapes}
+    return [launch for launch in found if launch.words >= least]
+
+
+@launch_choice("linear.words", key=product_key, candidates=word_candidates)
+def word_launch(product: Product) -> WordLaunch:
     """From timings of one row on an H200 (docs/notes/gpu-kernels.md): programs of one warp need no barrier to
     sum, and short matrices want many of them in flight."""
-    few = features * words < 1 << 21
-    if bits == 8:
-        return WordLaunch(rows=2 if few else 4, words=min(128, triton.next_power_of_2(words)), warps=1)
-    return WordLaunch(rows=2 if few else 4, words=min(64, triton.next_power_of_2(words)), warps=1)
+    words = product.inputs * product.bits // 32
+    most = 128 if product.bits == 8 else 64
+    rows = 2 if product.features * words < 1 << 21 else 4
+    return WordLaunch(rows, min(most, triton.next_power_of_2(words)), 1)
 
 
 def linear(
@@ -100,7 +111,7 @@ def _multiply_codes(rows: Tensor, weight: QuantizedWeight, target: Target) -> No
     bits = operand.bits
     whole_words = inputs % 8 == 0 and (operand.groups == 1 or inputs // operand.groups == 128)
     if tokens <= FEW_ROWS and whole_words:
-        launch = word_launch(weight.shape[0], inputs * bits // 32, bits)
+        launch = word_launch(operand.product(rows))
         _int_words[(triton.cdiv(weight.shape[0], launch.rows),)](
             **_word_arguments(rows, operand, target, launch), BITS=bits, TWO_LEVEL=operand.levels is not None
         )
@@ -119,7 +130,7 @@ def _multiply_halves(rows: Tensor, weight: QuantizedWeight, target: Target) -> N
     operand = _operand(weight)
     whole_words = inputs % 128 == 0 and (operand.groups == 1 or inputs // operand.groups == 128)
     if tokens <= FEW_ROWS and whole_words and operand.bits == 4 and operand.levels is None:
-        launch = word_launch(weight.shape[0], inputs // 8, 4)
+        launch = word_launch(operand.product(rows))
         grid = (triton.cdiv(weight.shape[0], launch.rows),)
         _half_words[grid](**_word_arguments(rows, operand, target, launch))
     else:

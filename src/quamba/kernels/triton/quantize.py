@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.activation import Overflow, Rounding
+from quamba.kernels.triton.launches import launch_choice
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Tile:
     num_warps: int
 
 
+@launch_choice("rows.tile")
 def whole_row_tile(rows: int, columns: int) -> Tile:
     """For kernels that need a row at once: several short rows a program once there are rows for all SMs."""
     width = triton.next_power_of_2(columns)
@@ -28,6 +30,7 @@ def whole_row_tile(rows: int, columns: int) -> Tile:
     return Tile(together, width, max(1, min(16, together * width // 256)))
 
 
+@launch_choice("elements.tile")
 def flat_tile(rows: int, columns: int) -> Tile:
     """For elementwise kernels: 2048 elements a program, fewer where that would leave SMs idle."""
     elements = 2048 if rows * columns >= 2048 * 512 else 512

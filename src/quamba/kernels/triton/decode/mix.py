@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -12,9 +13,32 @@ from torch import Tensor
 from quamba.formats.hadamard import hadamard_factors, paley_matrix, sylvester_matrix
 from quamba.kernels.triton.decode.vectors import Vector, place, wide_codes
 from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.quantize import to_codes
 
 _LARGEST_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class MixLaunch:
+    """Columns of the blocks a program, warps."""
+
+    columns: int
+    warps: int
+
+
+def mix_candidates(batch: int, blocks: int, size: int, rotate: bool, wide: bool) -> list[MixLaunch]:
+    """Wide codes have a scale for 32 neighbours; matrix units take 16 columns at least."""
+    sizes = (32,) if wide else (16, 32, 64) if rotate else (32, 64)
+    counts = (2, 4, 8) if rotate else (1, 2, 4)
+    return [MixLaunch(columns, warps) for columns in sizes if size % columns == 0 for warps in counts]
+
+
+@launch_choice("decode.mix", candidates=mix_candidates)
+def mix_launch(batch: int, blocks: int, size: int, rotate: bool, wide: bool) -> MixLaunch:
+    if not rotate:
+        return MixLaunch(32, 1)
+    return MixLaunch(32 if wide else 16, 8 if blocks > 64 else 4)
 
 
 def block_size(channels: int, ngroups: int = 1) -> int | None:
@@ -154,8 +178,8 @@ def mix(
     """
     batch, channels = x.shape
     blocks = channels // size
-    columns = 32 if out.wide_scale is not None or not rotate else 16
-    _mix_kernel[(size // columns, triton.cdiv(blocks, 16), batch)](
+    launch = mix_launch(batch, blocks, size, rotate, out.wide_scale is not None)
+    _mix_kernel[(size // launch.columns, triton.cdiv(blocks, 16), batch)](
         x,
         squares,
         block_signs(channels, size, x.device) if rotate else None,
@@ -170,10 +194,10 @@ def mix(
         PARTS=1 if squares is None else squares.shape[1],
         PADDED=max(16, triton.next_power_of_2(blocks)),
         ROWS=16,
-        COLUMNS=columns,
+        COLUMNS=launch.columns,
         HALF_AWAY=half_away,
         WRAP=wrap,
         SPLIT=out.split,
-        num_warps=(8 if blocks > 64 else 4) if rotate else 1,
+        num_warps=launch.warps,
         **dependent_launch(x.device),
     )

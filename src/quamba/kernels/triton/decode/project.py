@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,10 +22,12 @@ from quamba.kernels.triton.decode.rows import (
 )
 from quamba.kernels.triton.decode.vectors import Vector
 from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.quantize import silu, to_codes
 
 # What x and the weights are (a constexpr of the kernel).
 CODES, HALVES, FLOATS, WIDE = 0, 1, 2, 3
+_KINDS = ("int8", "float16", "float", "wide")
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,43 @@ class RowLaunch:
     warps: int
 
 
-def row_launch(features: int, elements: int, floats: bool) -> RowLaunch:
-    """As many rows as leave all chunks of them in registers, 40 to 80 words a lane of one warp, and programs for
-    all multiprocessors. Short rows of a large matrix would else be more programs than the GPU starts in time.
+class RowKey(NamedTuple):
+    """What tables know a projection by."""
+
+    x: str
+    weights: str
+    features: int
+    elements: int
+    rows: int
+
+
+def row_key(tokens: int, features: int, elements: int, kind: int, bits: int, groups: int) -> RowKey:
+    weights = "float" if kind == FLOATS else f"int{bits} {'group' if groups > 1 else 'row'}"
+    return RowKey(_KINDS[kind], weights, features, elements, tokens)
+
+
+def row_candidates(
+    tokens: int, features: int, elements: int, kind: int, bits: int, groups: int
+) -> list[RowLaunch]:
+    """10 to 96 registers a lane for the weights; other chunks for those that usually win."""
+    usual = 512 if kind == FLOATS else 128
+    held = elements // 2 if kind == FLOATS else elements
+    shapes = [(rows, usual, warps) for warps in (1, 2, 4) for rows in (1, 2, 4, 8, 16)]
+    shapes = [(r, c, w) for r, c, w in shapes if 10 <= r * held / (32 * w) <= 96]
+    shapes += [(rows, chunk, 1) for chunk in (usual // 2, usual * 2) for rows in (2, 4)]
+    most = triton.next_power_of_2(elements)
+    return list({RowLaunch(rows, min(chunk, most), warps): None for rows, chunk, warps in shapes})
+
+
+@launch_choice("decode.project", key=row_key, candidates=row_candidates)
+def row_launch(tokens: int, features: int, elements: int, kind: int, bits: int, groups: int) -> RowLaunch:
+    """As many rows as leave all chunks of them in registers, 40 to 80 words a lane of one warp, and programs
+    for all multiprocessors. Short rows of a large matrix would else be more than the GPU starts in time.
 
     elements  of a row: words of codes, or floats
+    kind      and bits: those of the ``Matrix``
     """
+    floats = kind == FLOATS
     chunk = min(512 if floats else 128, triton.next_power_of_2(elements))
     held = elements // 2 if floats else elements  # 32-bit registers of a row
     rows = 16
@@ -267,8 +300,9 @@ def project(
     residual  (B, N) float: out is only added to it, and not written
     """
     batch = x.values.shape[0]
-    launch = row_launch(matrix.features, matrix.elements, matrix.kind == FLOATS)
     scale = matrix.scale
+    groups = 1 if scale is None else scale.shape[1]
+    launch = row_launch(batch, matrix.features, matrix.elements, matrix.kind, matrix.bits, groups)
     _project_kernel[(triton.cdiv(matrix.features, launch.rows),)](
         x.values,
         matrix.data,
@@ -284,7 +318,7 @@ def project(
         KIND=matrix.kind,
         BITS=matrix.bits,
         ROW=matrix.elements,
-        GROUPS=1 if scale is None else scale.shape[1],
+        GROUPS=groups,
         x_row=x.values.stride(0),
         ONE_ROW_SCALE=scale is not None and scale.shape[0] == 1,
         OUT_SCALES=out_scale is not None and out_scale.ndim == 1,

@@ -14,6 +14,7 @@ from quamba.formats.weight import QuantizedWeight
 from quamba.kernels.triton.codes import codes_and_scales
 from quamba.kernels.triton.decode.ssd import Part
 from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.quantize import silu, to_codes
 from quamba.kernels.triton.recurrence import (
     LOG2E,
@@ -34,7 +35,15 @@ class ScanLaunch:
     warps: int
 
 
-def scan_launch(batch: int, channels: int) -> ScanLaunch:
+def scan_candidates(batch: int, channels: int, d_state: int) -> list[ScanLaunch]:
+    """4 to 32 elements of the state a lane."""
+    width = triton.next_power_of_2(d_state)
+    shapes = [(block, warps) for block in (8, 16, 32, 64) for warps in (1, 2, 4)]
+    return [ScanLaunch(c, w) for c, w in shapes if 4 <= c * width / (32 * w) <= 32]
+
+
+@launch_choice("decode.scan_gate", candidates=scan_candidates)
+def scan_launch(batch: int, channels: int, d_state: int) -> ScanLaunch:
     """Small blocks, so that no warp has much to sum: 16 channels are 256 states and rows of 160 bytes."""
     return ScanLaunch(channels=16 if batch * channels < 1 << 15 else 32, warps=1)
 
@@ -204,7 +213,7 @@ def scan_gate(
     if weight.dtype == selected.dtype == torch.int8 and selected.shape[1] % 4 == 0:  # rows are whole words
         weight = weight.view(torch.int32)
     inputs = weight.shape[1]
-    launch = scan_launch(batch, channels)
+    launch = scan_launch(batch, channels, d_state)
     arguments: dict[str, Any] = {}
     for name, part in parts.items():
         source = projected if name in ("u", "z") else selected

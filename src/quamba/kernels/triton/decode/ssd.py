@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.quantize import silu
 from quamba.kernels.triton.recurrence import (
     CHANNEL_SCALES,
@@ -34,6 +35,14 @@ class SsdLaunch:
     warps: int
 
 
+def ssd_candidates(batch: int, nheads: int, headdim: int, d_state: int) -> list[SsdLaunch]:
+    """8 to 64 elements of the state a lane."""
+    most, width = triton.next_power_of_2(headdim), triton.next_power_of_2(d_state)
+    shapes = [(channels, warps) for channels in (8, 16, 32, 64) for warps in (1, 2, 4, 8) if channels <= most]
+    return [SsdLaunch(c, w) for c, w in shapes if 8 <= c * width / (32 * w) <= 64]
+
+
+@launch_choice("decode.ssd_gate", candidates=ssd_candidates)
 def ssd_launch(batch: int, nheads: int, headdim: int, d_state: int) -> SsdLaunch:
     """Parts of 16 channels, so that no warp has much to sum, until programs fill the GPU several times."""
     channels = min(16 if batch * nheads < 512 else 32, triton.next_power_of_2(headdim))
