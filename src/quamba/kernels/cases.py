@@ -20,8 +20,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 #: Largest errors as a share of an output's root mean square, four times and more what the reference has.
 _FLOAT32 = 1e-5
 _SCAN = 5e-5
-#: Prompts of Mamba2 multiply on units of 16 bits (``kernels/triton/ssd.py``).
+#: Prompts of Mamba2 multiply on units of 16 bits (``kernels/triton/ssd_chunks.py``): in two parts of 8 bits,
+#: or with a result in float16 once, which errs by 2e-4 on average and ten times that in a hundred thousand.
 _SSD_SCAN = 1e-3
+_SSD_SCAN_HALF = 4e-3
 #: Weights times float16: each product is rounded to float16.
 _HALF = 4e-3
 #: Numbers inside an op are float16: their errors add up like those of any sum.
@@ -281,7 +283,7 @@ def _maybe_codes(d: Draw, inputs: str, *shape: int) -> Activation:
 
 def _out(inputs: str) -> dict[str, Any]:
     """float16 gives float16."""
-    return {"out_dtype": torch.float16} if inputs == "float16" else {}
+    return {"out_dtype": torch.float16} if inputs.endswith("float16") else {}
 
 
 def _selective_scan() -> Iterator[Case]:
@@ -348,9 +350,10 @@ def _ssd() -> Iterator[Case]:
         make = partial(args, (2, length), small, inputs, state, masked)
         yield Case("ssd_scan", name, make, _SSD_SCAN)
     for length in (63, 128, 512):
-        for inputs in ("float", "float16", "int8 channels"):
+        for inputs in ("float", "float16", "int8 channels", "int8 to float16"):
             make = partial(args, (1, length), published, inputs, "float16", False)
-            yield Case("ssd_scan", f"12 heads of 64 x 128, {inputs}, {length} tokens", make, _SSD_SCAN)
+            tolerance = _SSD_SCAN_HALF if inputs.endswith("float16") else _SSD_SCAN
+            yield Case("ssd_scan", f"12 heads of 64 x 128, {inputs}, {length} tokens", make, tolerance)
     for inputs in ("float", "int8 channels"):
         make = partial(args, (12, 63), published, inputs, "float32", False)
         name = f"12 heads of 64 x 128, {inputs}, 12 sequences of 63 tokens"

@@ -113,6 +113,12 @@ def softplus(v: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def limited_softplus(v: tl.tensor, low: tl.tensor, high: tl.tensor, LIMITED: tl.constexpr) -> tl.tensor:
+    delta = softplus(v)
+    return tl.minimum(tl.maximum(delta, low), high) if LIMITED else delta
+
+
+@triton.jit
 def read_scalar(
     data: tl.tensor, at: tl.tensor, scale: tl.tensor, channel: tl.tensor, MODE: tl.constexpr
 ) -> tl.tensor:

@@ -31,20 +31,22 @@ from quamba.kernels.triton.recurrence import (
 class ScanLaunch:
     """How a prompt is cut up. Each program walks over its tokens with the states of its channels."""
 
-    channels: int  # per program; each thread holds all states of channels / (32 num_warps) channels
+    channels: int  # per program
+    lanes: int  # threads that share a channel's states
+    tokens: int  # loaded together, and worked on in order
     segments: int  # parts of the prompt that run side by side; more than one costs a second launch
     num_warps: int
 
 
 def scan_launch(batch: int, length: int, d_inner: int) -> ScanLaunch:
-    """Two channels a thread share the reading of B and C. Eight such warps fit a multiprocessor.
+    """A warp for eight channels, and twice as many where that leaves processors idle.
 
     Segments cost a second pass over most of the work: three or more of them win, where fewer programs would
     leave processors idle.
     """
-    channels = 64
-    segments = min(8 * PROCESSORS // max(1, batch * triton.cdiv(d_inner, channels)), 32, length // 32)
-    return ScanLaunch(channels=channels, segments=segments if segments >= 3 else 1, num_warps=1)
+    warps = batch * triton.cdiv(d_inner, 8)
+    segments = min(8 * PROCESSORS // max(1, warps), 32, length // 32)
+    return ScanLaunch(channels=8, lanes=4, tokens=8, segments=segments if segments >= 3 else 1, num_warps=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,11 +225,28 @@ def _strides(arguments: dict[str, Any], dims: str) -> dict[str, int]:
     }
 
 
-# Triton gives a tensor the layout in which its load is contiguous. A and the state are contiguous along N,
-# but here a thread should hold all N of a channel, as the sum over N then needs no other threads. Strides
-# that the compiler knows nothing of make it lay threads along the first dimension, the channels.
-# Without knowledge of the lengths, prompts of all lengths share one compilation.
-@triton.jit(do_not_specialize=["across_d", "across_n", "length", "segment", "parts", "mask_b"])
+@triton.jit
+def _token(values: tl.tensor, at: tl.tensor, s: tl.constexpr) -> tl.tensor:
+    """values[..., s]. All tokens of a channel are in registers of one thread, so this compiles to nothing.
+
+    As integers: a sum of floats with zeros is not the same float to a compiler, as that may be -0.
+    """
+    bits = tl.where(at == s, values.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, 3, keep_dims=True).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _by_state(values: tl.tensor, LANES: tl.constexpr, EACH: tl.constexpr, TOKENS: tl.constexpr) -> tl.tensor:
+    """(TOKENS, states) -> (EACH, 1, LANES, TOKENS), state lane * EACH + i at (i, 0, lane)."""
+    return tl.permute(tl.reshape(values, (TOKENS, LANES, EACH)), (2, 1, 0))[:, None, :, :]
+
+
+# One compilation for prompts of all lengths.
+#
+# Triton gives a tensor the layout of a load that it comes from: neighbours in memory to one thread, then
+# dimension by dimension to the threads of a warp. So A and the states are loaded as (states of a thread,
+# channels, threads of a channel, 1), which leaves a last dimension, that of tokens, to registers.
+@triton.jit(do_not_specialize=["length", "segment", "parts", "mask_b"])
 def _scan_kernel(
     u: tl.tensor,
     u_scale: tl.tensor,
@@ -265,8 +284,6 @@ def _scan_kernel(
     scale_h: tl.tensor,
     scale_c: tl.tensor,
     scale_n: tl.tensor,
-    across_d: tl.tensor,
-    across_n: tl.tensor,
     length: tl.tensor,
     segment: tl.tensor,
     parts: tl.tensor,
@@ -280,7 +297,9 @@ def _scan_kernel(
     SCALE_BY_COLUMN: tl.constexpr,
     N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr,
+    EACH: tl.constexpr,
+    TOKENS: tl.constexpr,
     PASS: tl.constexpr,
 ) -> None:
     """Program (channels, sequence, segment of the prompt): the tokens of the segment one after the other.
@@ -289,17 +308,19 @@ def _scan_kernel(
     PASS 1  each segment but the last from a zero state, without outputs: entering[:, i + 1] is the state
             after segment i, totals[:, i + 1] its sum of delta; entering[:, 0] is the initial state
     PASS 2  each segment from the state that pass 1 implies; the last one stores the final state
-    Each token is loaded while the one before it is worked on.
+    What depends on a token and a channel is worked out once, by one thread, for ``TOKENS`` at a time; the
+    next ones are loaded meanwhile.
     """
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     b = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
-    n = tl.arange(0, BLOCK_N)
-    d_in, n_in = d < channels, n < N
-    inside = d_in[:, None] & n_in[None, :]
-    at = d[:, None] * across_d + n[None, :] * across_n
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d_in = d < channels
+    n = tl.arange(0, LANES)[None, None, :, None] * EACH + tl.arange(0, EACH)[:, None, None, None]
+    d4 = d[None, :, None, None]
+    inside = (d4 < channels) & (n < N)
+    at = d4 * N + n
     A_dn = tl.load(A + at, mask=inside, other=0).to(tl.float32) * LOG2E
-    slot = d[:, None] + n[None, :] * channels
+    slot = at + b * parts * N * channels
 
     step = 1.0
     if state_scale is not None:
@@ -308,14 +329,14 @@ def _scan_kernel(
             state_group,
             0,
             0,
-            tl.minimum(d, channels - 1)[:, None],
-            tl.minimum(n, N - 1)[None, :],
+            tl.minimum(d4, channels - 1),
+            tl.minimum(n, N - 1),
             scale_c,
             scale_n,
             SCALE_BY_CHANNEL,
             SCALE_BY_COLUMN,
         )
-    h = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    h = tl.zeros((EACH, BLOCK_D, LANES, 1), tl.float32)
     if PASS == 0:
         if state is not None:
             h = tl.load(state + b * state_b + at, mask=inside, other=0).to(tl.float32) * step
@@ -324,94 +345,112 @@ def _scan_kernel(
             initial = h
             if state is not None:
                 initial = tl.load(state + b * state_b + at, mask=inside, other=0).to(tl.float32) * step
-            tl.store(entering + b * parts * N * channels + slot, initial, mask=inside)
+            tl.store(entering + slot, initial, mask=inside)
     else:
-        h = tl.load(entering + b * parts * N * channels + slot, mask=inside, other=0.0)
+        h = tl.load(entering + slot, mask=inside, other=0.0)
         for i in range(1, part + 1):
-            since = tl.load(totals + (b * parts + i) * channels + d, mask=d_in, other=0.0)
-            local = tl.load(entering + (b * parts + i) * N * channels + slot, mask=inside, other=0.0)
-            h = h * tl.exp2(since[:, None] * A_dn) + local
+            since = tl.load(totals + (b * parts + i) * channels + d4, mask=d4 < channels, other=0.0)
+            local = tl.load(entering + slot + i * (N * channels), mask=inside, other=0.0)
+            h = h * tl.exp2(since * A_dn) + local
 
-    u_step = read_scales(u_scale, d, d_in, U_MODE)
-    dt_step = read_scales(dt_scale, d, d_in, DT_MODE)
-    z_step = read_scales(z_scale, d, d_in, Z_MODE)
+    states = tl.arange(0, LANES * EACH)
+    n_in = states < N
+    u_step = read_scales(u_scale, d, d_in, U_MODE)[None, :]
+    dt_step = read_scales(dt_scale, d, d_in, DT_MODE)[None, :]
+    z_step = read_scales(z_scale, d, d_in, Z_MODE)[None, :]
     B_one = read_scale(B_scale, 0, B_MODE % 2)
     C_one = read_scale(C_scale, 0, C_MODE % 2)
-    B_step = read_scales(B_scale, n, n_in, B_MODE // 2 * 2)
-    C_step = read_scales(C_scale, n, n_in, C_MODE // 2 * 2)
-    bias = tl.zeros((BLOCK_D,), tl.float32)
+    B_step = read_scales(B_scale, states, n_in, B_MODE // 2 * 2)[None, :]
+    C_step = read_scales(C_scale, states, n_in, C_MODE // 2 * 2)[None, :]
+    bias = tl.zeros((1, BLOCK_D), tl.float32)
     if dt_bias is not None:
-        bias = tl.load(dt_bias + d, mask=d_in, other=0).to(tl.float32)
-    D_d = tl.zeros((BLOCK_D,), tl.float32)
+        bias += tl.load(dt_bias + d, mask=d_in, other=0).to(tl.float32)[None, :]
+    D_d = tl.zeros((1, BLOCK_D), tl.float32)
     if D is not None:
-        D_d = tl.load(D + d, mask=d_in, other=0).to(tl.float32)
+        D_d += tl.load(D + d, mask=d_in, other=0).to(tl.float32)[None, :]
 
     begin = part * segment
     end = tl.minimum(begin + segment, length)
     far = tl.full((), 0, tl.int64) + begin
-    u_at = u + b * u_b + far * u_l + d
-    dt_at = dt + b * dt_b + far * dt_l + d
-    B_at = B + b * B_b + far * B_l + n
-    C_at = C + b * C_b + far * C_l + n
+    t = tl.arange(0, TOKENS)
+    t4 = t[None, None, None, :]
+    u_at = u + b * u_b + far * u_l + (t[:, None] * u_l + d[None, :])
+    dt_at = dt + b * dt_b + far * dt_l + (t[:, None] * dt_l + d[None, :])
+    B_at = B + b * B_b + far * B_l + (t[:, None] * B_l + states[None, :])
+    C_at = C + b * C_b + far * C_l + (t[:, None] * C_l + states[None, :])
     z_at = u_at
     mask_at = u_at
-    y_at = y + (b * length + far) * channels + d
-    u_next = tl.load(u_at, mask=d_in, other=0)
-    dt_next = tl.load(dt_at, mask=d_in, other=0)
-    B_next = tl.load(B_at, mask=n_in, other=0)
-    C_next = tl.load(C_at, mask=n_in, other=0)
+    y_at = y + (b * length + far) * channels + (t[:, None] * channels + d[None, :])
+    t_in = t < end - begin
+    of_channels, of_states = t_in[:, None] & d_in[None, :], t_in[:, None] & n_in[None, :]
+    u_next = tl.load(u_at, mask=of_channels, other=0)
+    dt_next = tl.load(dt_at, mask=of_channels, other=0)
+    B_next = tl.load(B_at, mask=of_states, other=0)
+    C_next = B_next
+    if PASS != 1:
+        C_next = tl.load(C_at, mask=of_states, other=0)
     z_next = u_next
-    if z is not None:
-        z_at = z + b * z_b + far * z_l + d
-        z_next = tl.load(z_at, mask=d_in, other=0)
-    kept = 1
+    if z is not None and PASS != 1:
+        z_at = z + b * z_b + far * z_l + (t[:, None] * z_l + d[None, :])
+        z_next = tl.load(z_at, mask=of_channels, other=0)
+    kept_next = t_in.to(tl.uint8)
     if mask is not None:
-        mask_at = mask + b * mask_b + far * mask_l
-        kept = tl.load(mask_at)
+        mask_at = mask + b * mask_b + far * mask_l + t * mask_l
+        kept_next = tl.load(mask_at, mask=t_in, other=0)
     total = tl.zeros((BLOCK_D,), tl.float32)
-    for t in range(begin, end):
-        u_d = u_next.to(tl.float32) * u_step
+    for start in range(begin, end, TOKENS):
+        store = of_channels
+        u_t = u_next.to(tl.float32) * u_step
         delta = softplus(dt_next.to(tl.float32) * dt_step + bias)
-        B_n = B_next.to(tl.float32)
+        delta = tl.where(kept_next[:, None] != 0, delta, 0.0)
+        B_t = B_next.to(tl.float32)
         if B_MODE == 2:
-            B_n *= B_step
-        if mask is not None:
-            delta = tl.where(kept != 0, delta, 0.0)
-        C_n = C_next.to(tl.float32)
+            B_t *= B_step
+        C_t = C_next.to(tl.float32)
         if C_MODE == 2:
-            C_n *= C_step
-        z_d = z_next.to(tl.float32) * z_step
+            C_t *= C_step
+        gate = tl.full((TOKENS, BLOCK_D), 1.0, tl.float32)
+        if z is not None and PASS != 1:
+            gate = silu(z_next.to(tl.float32) * z_step)
 
-        more = t + 1 < end
-        u_at += u_l
-        dt_at += dt_l
-        B_at += B_l
-        u_next = tl.load(u_at, mask=d_in & more, other=0)
-        dt_next = tl.load(dt_at, mask=d_in & more, other=0)
-        B_next = tl.load(B_at, mask=n_in & more, other=0)
+        t_in = t < end - start - TOKENS
+        of_channels, of_states = t_in[:, None] & d_in[None, :], t_in[:, None] & n_in[None, :]
+        u_at += TOKENS * u_l
+        dt_at += TOKENS * dt_l
+        B_at += TOKENS * B_l
+        u_next = tl.load(u_at, mask=of_channels, other=0)
+        dt_next = tl.load(dt_at, mask=of_channels, other=0)
+        B_next = tl.load(B_at, mask=of_states, other=0)
+        kept_next = t_in.to(tl.uint8)
         if mask is not None:
-            mask_at += mask_l
-            kept = tl.load(mask_at, mask=more, other=0)
+            mask_at += TOKENS * mask_l
+            kept_next = tl.load(mask_at, mask=t_in, other=0)
         if PASS != 1:
-            C_at += C_l
-            C_next = tl.load(C_at, mask=n_in & more, other=0)
+            C_at += TOKENS * C_l
+            C_next = tl.load(C_at, mask=of_states, other=0)
             if z is not None:
-                z_at += z_l
-                z_next = tl.load(z_at, mask=d_in & more, other=0)
+                z_at += TOKENS * z_l
+                z_next = tl.load(z_at, mask=of_channels, other=0)
 
-        h = h * tl.exp2(delta[:, None] * A_dn) + (delta * u_d * B_one)[:, None] * B_n[None, :]
-        total += delta
-        if PASS != 1:
-            y_d = tl.sum(h * C_n[None, :], axis=1) * C_one + u_d * D_d
-            if z is not None:
-                y_d *= silu(z_d)
-            tl.store(y_at, y_d.to(y.dtype.element_ty), mask=d_in)
-            y_at += channels
+        decay = tl.exp2(tl.trans(delta)[None, :, None, :] * A_dn)
+        driven = tl.trans(delta * u_t * B_one)[None, :, None, :] * _by_state(B_t, LANES, EACH, TOKENS)
+        held = tl.zeros((EACH, BLOCK_D, LANES, TOKENS), tl.float32)
+        for s in tl.static_range(TOKENS):
+            h = _token(decay, t4, s) * h + _token(driven, t4, s)
+            if PASS != 1:
+                held = tl.where(t4 == s, h, held)
+        if PASS == 1:
+            total += tl.sum(delta, 0)
+        else:
+            products = held * _by_state(C_t, LANES, EACH, TOKENS)
+            y_t = tl.trans(tl.sum(tl.sum(products, 0), 1)) * C_one
+            y_t = (y_t + u_t * D_d) * gate
+            tl.store(y_at, y_t.to(y.dtype.element_ty), mask=store)
+            y_at += TOKENS * channels
 
     if PASS == 1:
-        after = b * parts + part + 1
-        tl.store(entering + after * N * channels + slot, h, mask=inside)
-        tl.store(totals + after * channels + d, total, mask=d_in)
+        tl.store(entering + slot + (part + 1) * (N * channels), h, mask=inside)
+        tl.store(totals + (b * parts + part + 1) * channels + d, total, mask=d_in)
     elif state is not None:  # noqa: SIM102, known when compiled; the other only when run
         if part + 1 == parts:
             per_step = 1.0
@@ -451,9 +490,10 @@ def selective_scan(
     launch = scan_launch(batch, length, d_inner)
     segment = triton.cdiv(length, launch.segments)
     parts = triton.cdiv(length, segment)
+    lanes = min(launch.lanes, triton.next_power_of_2(d_state))
     entering = totals = None
     if parts > 1:
-        entering = torch.empty(batch, parts, d_state, d_inner, device=A.device)
+        entering = torch.empty(batch, parts, d_inner, d_state, device=A.device)
         totals = torch.empty(batch, parts, d_inner, device=A.device)
     for scan_pass, programs in ((0, 1),) if parts == 1 else ((1, parts - 1), (2, parts)):
         _scan_kernel[(triton.cdiv(d_inner, launch.channels), batch, programs)](
@@ -469,15 +509,15 @@ def selective_scan(
             y=y,
             entering=entering,
             totals=totals,
-            across_d=d_state,
-            across_n=1,
             length=length,
             segment=segment,
             parts=parts,
             channels=d_inner,
             N=d_state,
             BLOCK_D=launch.channels,
-            BLOCK_N=triton.next_power_of_2(d_state),
+            LANES=lanes,
+            EACH=triton.next_power_of_2(d_state) // lanes,
+            TOKENS=launch.tokens,
             PASS=scan_pass,
             num_warps=launch.num_warps,
         )
