@@ -46,7 +46,9 @@ def scan_launch(batch: int, length: int, d_inner: int) -> ScanLaunch:
     """
     warps = batch * triton.cdiv(d_inner, 8)
     segments = min(8 * PROCESSORS // max(1, warps), 32, length // 32)
-    return ScanLaunch(channels=8, lanes=4, tokens=8, segments=segments if segments >= 3 else 1, num_warps=1)
+    tokens = 16 if warps < 8 * PROCESSORS else 8
+    segments = segments if segments >= 3 else 1
+    return ScanLaunch(channels=8, lanes=4, tokens=tokens, segments=segments, num_warps=1)
 
 
 @dataclass(frozen=True, kw_only=True)

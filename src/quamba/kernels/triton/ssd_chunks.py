@@ -55,9 +55,10 @@ class ScanLaunch:
 def scan_launch(
     batch: int, length: int, nheads: int, headdim: int, d_state: int, ngroups: int, half: bool
 ) -> ScanLaunch:
-    """Long chunks keep fewer states; heads share operands as far as programs remain for the GPU."""
+    """From timings on an H200 (docs/notes/gpu-kernels.md): long chunks keep fewer states, and pay where a prompt
+    is long; heads share operands as far as programs remain for the GPU."""
     channels = min(64, max(16, triton.next_power_of_2(headdim)))
-    long = half and length > 64 and d_state <= 128
+    long = half and length > 1024 and d_state <= 128
     # Of Triton 3.6 for sm_90, products of 64 bfloat16 rows with 16 or 32 columns are wrong (they go to wgmma;
     # seen on an H200: noise, or an illegal address). Of 32 rows, or with two warps, they go to mma.sync and
     # are right.
@@ -71,7 +72,7 @@ def scan_launch(
         heads=_heads_in_turn(items, others),
         channels=channels,
         prepare_heads=8,
-        state_warps=2 if narrow else 8 if d_state > 128 else 4,
+        state_warps=2 if narrow else 8 if d_state > 128 or batch * nheads > 2 * PROCESSORS else 4,
         output_warps=8 if long else 4,
         stages=3 if half else 2,
     )
