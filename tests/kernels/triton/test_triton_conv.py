@@ -13,14 +13,15 @@ from torch import Tensor
 from quamba.formats.activation import Activation, Quantized, Rounding
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.reference import conv as reference
-from quamba.kernels.triton import conv
-from quamba.kernels.triton.conv import causal_conv1d
-from quamba.kernels.triton.quantize import Tile
+from quamba.kernels.triton import conv, conv_words
+from quamba.kernels.triton.conv import ConvTile, causal_conv1d
+from quamba.kernels.triton.conv_words import WordTile
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 LENGTHS = [1, 2, 3, 65 if torch.cuda.is_available() else 9]
 CHANNELS = 150
+WORD_CHANNELS = 140  # words of four; the last program of 32 has three
 BATCH = 2
 
 
@@ -28,22 +29,27 @@ BATCH = 2
 def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the slow interpreter a few tokens are enough for several programs a sequence."""
     if not torch.cuda.is_available():
-        tiles = {1: Tile(1, 128, 1), 3: Tile(4, 128, 1)}
-        monkeypatch.setattr(conv, "conv_tile", lambda length, channels: tiles.get(length, Tile(4, 256, 1)))
+        tiles = {1: ConvTile(1, 128, 1, 1), 3: ConvTile(4, 128, 4, 1)}
+        other = ConvTile(4, 256, 2, 1)
+        monkeypatch.setattr(conv, "conv_tile", lambda length, channels: tiles.get(length, other))
 
 
-def left_mask(length: int) -> Tensor:
-    """Row b has 2 b padded tokens on the left, but never all of them."""
+def some_mask(length: int) -> Tensor:
+    """Row b has 2 b padded tokens on the left, but never all of them; row 0 is without the last but one."""
     mask = torch.ones(BATCH, length, dtype=torch.bool)
     for b in range(BATCH):
         mask[b, : min(2 * b, length - 1)] = False
+    if length > 1:
+        mask[0, -2] = False
     return mask
 
 
-def quantized_weight(width: int, granularity: Any, bits: Any = 8) -> QuantizedWeight:
+def quantized_weight(
+    width: int, granularity: Any, bits: Any = 8, channels: int = CHANNELS
+) -> QuantizedWeight:
     format = WeightFormat(bits, granularity)
-    codes = torch.randint(format.qmin, format.qmax + 1, (CHANNELS, width), dtype=torch.int8)
-    scale = torch.rand(format.scale_shape((CHANNELS, width))) * 0.01 + 0.001
+    codes = torch.randint(format.qmin, format.qmax + 1, (channels, width), dtype=torch.int8)
+    scale = torch.rand(format.scale_shape((channels, width))) * 0.01 + 0.001
     return QuantizedWeight.from_codes(codes, scale, format)
 
 
@@ -87,7 +93,7 @@ def check(
     assert error <= 2 * allowed + 2e-6 * wanted.abs().max()
     if state is not None:
         assert given_state is not None and torch.equal(given_state.cpu(), expected_state)
-    out_scale = torch.rand(CHANNELS) * 0.05 + 0.01 if mask is None else torch.tensor(0.031)
+    out_scale = torch.rand(y.shape[2]) * 0.05 + 0.01 if mask is None else torch.tensor(0.031)
     again = None if state is None else state.to(device, copy=True)
     codes = causal_conv1d(*inputs, state=again, mask=flags, out_scale=out_scale.to(device))
     assert_codes(codes.cpu(), wanted / out_scale.double(), slack=2e-4)
@@ -106,7 +112,7 @@ def test_integers(
     scale = torch.rand(CHANNELS if per_channel else ()) * 0.05 + 0.01
     x = Quantized(random_codes(BATCH, length, CHANNELS), scale)
     state = random_codes(BATCH, width - 1, CHANNELS) if per_channel else None
-    mask = left_mask(length) if masked else None
+    mask = some_mask(length) if masked else None
     bias = torch.randn(CHANNELS) if masked else torch.randn(CHANNELS).half()
     check(x, quantized_weight(width, granularity), bias, state, mask, device)
 
@@ -116,7 +122,7 @@ def test_integers(
 @pytest.mark.parametrize(("width", "masked"), [(1, False), (3, True), (4, False), (4, True)])
 def test_floats(length: int, width: int, masked: bool, device: torch.device) -> None:
     x, state = torch.randn(BATCH, length, CHANNELS), torch.randn(BATCH, width - 1, CHANNELS)
-    mask = left_mask(length) if masked else None
+    mask = some_mask(length) if masked else None
     check(x, torch.randn(CHANNELS, width), torch.randn(CHANNELS) if masked else None, state, mask, device)
 
 
@@ -134,6 +140,65 @@ def test_mixtures(mixture: str, length: int, device: torch.device) -> None:
     x = torch.randn(BATCH, length, CHANNELS) if mixture == "float x" else codes
     state = torch.randn(BATCH, 3, CHANNELS) if mixture == "float x" else random_codes(BATCH, 3, CHANNELS)
     check(x, weight, torch.randn(CHANNELS), state, None, device)
+
+
+@pytest.fixture
+def word_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the prompts that the kernel for words is given."""
+    lengths, convolve = [], conv_words.convolve
+
+    def counted(x: Tensor, *rest: Any, **named: Any) -> None:
+        lengths.append(x.shape[1])
+        convolve(x, *rest, **named)
+
+    monkeypatch.setattr(conv_words, "convolve", counted)
+    return lengths
+
+
+@pytest.mark.parametrize(
+    ("length", "tile", "granularity", "per_channel", "masked"),
+    [
+        (4, WordTile(32, 4, 1), "channel", True, False),
+        (9, WordTile(32, 4, 2), "channel", True, True),
+        (8, WordTile(64, 4, 2), "tensor", False, True),
+        (11, WordTile(64, 8, 1), "tensor", True, True),
+        (7, WordTile(64, 8, 1), "channel", False, False),
+        (16, WordTile(64, 8, 1), "channel", True, True),
+    ],
+    ids=["4 by 4", "9 by 4x2", "8 by 4x2", "11 by 8", "7 by 8", "16 by 8"],
+)
+def test_words(
+    length: int,
+    tile: WordTile,
+    granularity: str,
+    per_channel: bool,
+    masked: bool,
+    word_calls: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+) -> None:
+    monkeypatch.setattr(conv_words, "word_tile", lambda batch, length, channels: tile)
+    scale = torch.rand(WORD_CHANNELS if per_channel else ()) * 0.05 + 0.01
+    x = Quantized(random_codes(BATCH, length, WORD_CHANNELS), scale)
+    state = random_codes(BATCH, 3, WORD_CHANNELS) if per_channel else None
+    mask = some_mask(length) if masked else None
+    bias = torch.randn(WORD_CHANNELS).half() if masked else None
+    check(x, quantized_weight(4, granularity, channels=WORD_CHANNELS), bias, state, mask, device)
+    assert word_calls == [length] * 2
+
+
+def test_words_need_aligned_slices(word_calls: list[int], device: torch.device) -> None:
+    both, weight = random_codes(2, 6, 400), quantized_weight(4, "channel", channels=WORD_CHANNELS)
+    one, state = torch.tensor(0.02), random_codes(2, 3, WORD_CHANNELS)
+    for start in (40, 42):
+        x = both[..., start : start + WORD_CHANNELS]
+        after, expected = state.to(device, copy=True), state.clone()
+        given = Quantized(both.to(device)[..., start : start + WORD_CHANNELS], one.to(device))
+        y = causal_conv1d(given, moved(weight, device), None, state=after)
+        wanted = reference.causal_conv1d(Quantized(x, one), weight, None, state=expected)
+        torch.testing.assert_close(y.cpu(), wanted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(after.cpu(), expected)
+    assert word_calls == [6]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -172,7 +237,11 @@ def test_integer_sums_are_exact(device: torch.device) -> None:
     one = torch.tensor(1.0, device=device)
     y = causal_conv1d(Quantized(x, one), weight, None, out_scale=one)
     history = [0, 0, 0, *range(30, 60)]
-    assert y.flatten().tolist() == [history[t] - history[t + 2] + history[t + 3] for t in range(30)]
+    wanted = [history[t] - history[t + 2] + history[t + 3] for t in range(30)]
+    assert y.flatten().tolist() == wanted
+    words = QuantizedWeight.from_codes(codes.repeat(4, 1), torch.ones(4, 1), WeightFormat(8, "channel"))
+    y = causal_conv1d(Quantized(x.expand(1, 30, 4).contiguous(), one), words.to(device), None, out_scale=one)
+    assert y[0].T.tolist() == [wanted] * 4
 
 
 @pytest.mark.parametrize("rounding", ["half_even", "half_away"])
@@ -184,6 +253,12 @@ def test_rounding(rounding: Rounding, device: torch.device) -> None:
     half = torch.arange(1, 20) / 2
     expected = half.round() if rounding == "half_even" else (half + 0.5).floor()
     assert y.flatten().tolist() == expected.int().tolist()
+    taps = torch.tensor([[0, 0, 0, 1]], dtype=torch.int8).repeat(4, 1)
+    words = QuantizedWeight.from_codes(taps, torch.ones(1, 1), WeightFormat(8, "tensor")).to(device)
+    codes = torch.arange(1, 20, dtype=torch.int8, device=device).view(1, -1, 1).expand(1, -1, 4).contiguous()
+    given = Quantized(codes, torch.tensor(32.0, device=device))
+    y = causal_conv1d(given, words, None, out_scale=torch.tensor(64.0, device=device), rounding=rounding)
+    assert y[0].T.tolist() == [expected.int().tolist()] * 4
 
 
 def test_slices_and_a_strided_state(device: torch.device) -> None:

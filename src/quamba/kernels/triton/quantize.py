@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quamba.formats.activation import Overflow, Rounding
 from quamba.kernels.triton.launches import launch_choice
+from quamba.kernels.triton.words import reciprocal
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def to_codes(quotient: tl.tensor, HALF_AWAY: tl.constexpr, WRAP: tl.constexpr) -
 
 @triton.jit
 def silu(x: tl.tensor) -> tl.tensor:
-    return x / (1.0 + tl.exp(-x))
+    return x * reciprocal(1.0 + tl.exp2(x * -1.4426950408889634))
 
 
 @triton.jit

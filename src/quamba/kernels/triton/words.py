@@ -120,3 +120,32 @@ def round_code(y):
     """Half to even, saturated to int8: float32 of this size has steps of 1, and the code in its last byte."""
     y = tl.minimum(tl.maximum(y, -128.0), 127.0)
     return (y + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x to one or two units in the last place; 0 for the inverse of what is above 2^126."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+_SATURATED_BYTES = tl.constexpr(
+    "{ .reg .b32 a, b, c, d;\n"
+    "cvt.rni.s32.f32 a, $1; cvt.rni.s32.f32 b, $2; cvt.rni.s32.f32 c, $3; cvt.rni.s32.f32 d, $4;\n"
+    "cvt.pack.sat.s8.s32.b32 d, d, c, 0; cvt.pack.sat.s8.s32.b32 $0, b, a, d; }"
+)
+
+
+@triton.jit
+def saturated_bytes(a, b, c, d):
+    """A word of four float32, rounded half to even and saturated to int8; a is the lowest byte."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            _SATURATED_BYTES, "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1
+        )
+    low = (round_code(a).to(tl.int32) & 0xFF) | ((round_code(b).to(tl.int32) & 0xFF) << 8)
+    high = (round_code(c).to(tl.int32) & 0xFF) | ((round_code(d).to(tl.int32) & 0xFF) << 8)
+    return low | (high << 16)
