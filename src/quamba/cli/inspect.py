@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -39,30 +38,17 @@ def command(
             raise QuambaError("There is nothing to inspect, expected MODEL, --recipe or both.")
         _print_recipe(load_recipe(recipe), as_json)
         return
-    from quamba.checkpoints.source import CHECKPOINT_FILES
-    from quamba.checkpoints.source import resolve as resolve_source
-    from quamba.checkpoints.stored import read_stored_plan, stored_format
-    from quamba.cli.store import find_model
+    from quamba.cli.planned import read_plan
 
-    source = find_model(model, pretrained_dir)
-    folder = resolve_source(source, patterns=("config.json",))
-    stored: dict[str, Any] = {}
-    format = stored_format(folder)
-    if format is not None:
-        if recipe is not None:
-            raise QuambaError(f"'{model}' is quantized already, expected a float model with --recipe.")
-        if format == "zoo":  # whether it has head groups is written in its weight file alone
-            folder = resolve_source(source, patterns=CHECKPOINT_FILES)
-        plan, stored = read_stored_plan(folder)
-    else:
-        plan = _float_plan(folder, None if recipe is None else load_recipe(recipe))
+    planned = read_plan(model, recipe, pretrained_dir)
+    plan, stored = planned.plan, planned.stored
     rows = plan_rows(plan)
     size_bytes = sum(row["bytes"] for row in rows)
     facts = {
         "model": model,
         "family": plan.config.family,
         "recipe": plan.recipe.name,
-        "format": {"quamba": "ours", "zoo": "published"}.get(format or ""),
+        "format": {"quamba": "ours", "zoo": "published"}.get(planned.format or ""),
         "source": stored.get("source"),
         "calibration": _described(stored.get("calibration")),
         "solver": plan.recipe.solver.kind,
@@ -144,15 +130,6 @@ def _without_triton(device: torch.device) -> str | None:
 def _backend(op: Callable[..., Any]) -> str:
     """The folder of ``kernels/`` that a function is from."""
     return op.__module__.removeprefix("quamba.kernels.").partition(".")[0]
-
-
-def _float_plan(folder: Path, recipe: Recipe | None) -> Plan:
-    """What the recipe would do; without one, that everything is float."""
-    from quamba.checkpoints.float import read_float_config
-    from quamba.recipes.plan import resolve
-    from quamba.recipes.recipe import Precision, Recipe
-
-    return resolve(recipe or Recipe(name="float", blocks=Precision()), read_float_config(folder))
 
 
 def _described(calibration: dict[str, Any] | None) -> str | None:

@@ -17,6 +17,7 @@ _COMMANDS = {
     "convert": ("convert", "Write a published checkpoint in our format."),
     "export-zoo": ("export_zoo", "Write a quantized model in the published format."),
     "doctor": ("doctor", "Check that every kernel gives right results on this machine."),
+    "tune": ("tune", "Find the fastest launches of GPU kernels here."),
     "recipes": ("recipes", "List the shipped recipes."),
     "demo": ("demo", "Quantize the bundled Mamba2 model, measure it, generate from it."),
 }

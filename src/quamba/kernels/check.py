@@ -82,7 +82,7 @@ def _check(kernels: Kernels, case: Case, device: torch.device) -> Check:
     start = time.perf_counter()
     try:
         given, given_named = [_moved(t, device) for t in args], _moved(named, device)
-        with torch.inference_mode(), _PoisonedAllocations():
+        with torch.inference_mode(), PoisonedAllocations():
             result = getattr(kernels, case.op)(*given, **given_named)
         found = [_back(t) for t in (result if isinstance(result, tuple) else (result,))]
         found += [_back(t) for t in [given_named.pop("state", None)] if t is not None]
@@ -156,7 +156,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class _PoisonedAllocations(TorchFunctionMode):
+class PoisonedAllocations(TorchFunctionMode):
     """What torch hands out uninitialised becomes NaN or 90, so that gaps in an output show."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -84,6 +84,9 @@ def choose_kernels(device: torch.device, backend: str = "auto") -> Kernels:
         return REFERENCE
     reason = _without_triton(device)
     if reason is None:
+        from quamba.kernels.triton.launches import check_tables
+
+        check_tables(device)
         return _triton()
     if backend == "triton":
         raise QuambaError(f"The Triton kernels do not run on '{device}': {reason}; use backend 'reference'.")

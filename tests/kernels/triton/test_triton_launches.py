@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quamba.errors import QuambaError
+from quamba.kernels import registry
 from quamba.kernels.triton import launch_tables, launches
 from quamba.kernels.triton.gemm import Product, TileLaunch, product_key, tile_candidates, tile_launch
 from quamba.kernels.triton.launch_tables import PACKAGED, Entry, Gpu, Schema, Table, read_table, user_table
@@ -215,6 +217,17 @@ def test_a_table_that_cannot_be_used(tmp_path: Path, change: Any, fault: str) ->
         chosen()
     assert fault in str(error.value) and f"The launch table '{path}' " in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_is_not_loaded_with_a_broken_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_without_triton", lambda device: None)
+    assert registry.choose_kernels(torch.device("cuda:0")).name == "triton"
+    path = put(tmp_path / "user", "nvidia-h200.json", 7)
+    path.write_text(path.read_text().replace("splits", "split"))
+    for backend in ("auto", "triton"):
+        with pytest.raises(QuambaError, match="unknown field 'split' in the launch of entry 0"):
+            registry.choose_kernels(torch.device("cuda:0"), backend)
+    assert registry.choose_kernels(torch.device("cuda:0"), "reference").name == "reference"
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"], ids=["broken", "list", "bytes"])

@@ -178,8 +178,8 @@ def schemas() -> dict[str, Schema]:
 
 def check_tables(device: torch.device) -> None:
     """Read the tables for a GPU now, so that what is wrong with them is said before anything runs."""
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    _measured(index)
+    if device.type == "cuda":
+        _measured(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def gpu(index: int) -> Gpu | None:
