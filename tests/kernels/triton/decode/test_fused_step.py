@@ -14,6 +14,8 @@ from torch import Tensor
 from variants import VARIANTS, calibration_set, random_ids, rounded, shipped, with_state
 
 from quamba.kernels.registry import _triton
+from quamba.kernels.triton.decode.norm import norm
+from quamba.kernels.triton.decode.scan import TimeSteps
 from quamba.models.cache import MambaCache
 from quamba.models.config import Mamba2Config, MambaConfig, ModelConfig
 from quamba.models.lm import MambaLM
@@ -174,6 +176,38 @@ def test_layers_and_steps(device: torch.device) -> None:
     for next_ids in ids.unbind(1):
         step(next_ids.to(device))
     assert torch.equal(step.logits, first)
+
+
+@pytest.mark.parametrize("half_away", [False, True])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_modes_that_few_values_show(family: str, half_away: bool, device: torch.device) -> None:
+    """Ties, and what wraps: the kernels' own tests show that they heed them."""
+    network = placed(quantized(CONFIGS[family], "zoo-w4a8"), FLOAT, device)
+    mixer: Any = network.blocks[0].mixer
+    assert mixer.conv1d.rounding == mixer.rotate.rounding == "half_away"
+    if not half_away:
+        mixer.conv1d.rounding = mixer.rotate.rounding = "half_even"
+        mixer.rotate.overflow = "wrap"
+    launches: list[Any] = list(step_of(network, network.new_cache(1)).launches)
+    convs = [x.keywords["conv"] for x in launches if x.keywords.get("conv") is not None]
+    assert [conv.half_away for conv in convs] == [half_away]
+    mixes = [x.keywords for x in launches if "wrap" in x.keywords]
+    assert [(x["half_away"], x["wrap"]) for x in mixes] == [(half_away, not half_away)]
+
+
+@pytest.mark.parametrize("floats", [HALF, FLOAT], ids=str)
+def test_floats_are_those_of_the_model(floats: torch.dtype, device: torch.device) -> None:
+    """Time steps are rounded as their projection would, and the residual stream as its norm says."""
+    config = VARIANTS["mamba-no-fp32-residual"]
+    network = placed(tiny_model(config), floats, device)
+    launches: list[Any] = list(step_of(network, network.new_cache(1)).launches)
+    steps = [a for x in launches for a in x.args if isinstance(a, TimeSteps)]
+    assert [s.half for s in steps] == [floats == HALF] * config.n_layer
+    residuals = {x.keywords["residual"].dtype for x in launches if x.keywords.get("residual") is not None}
+    assert residuals == {floats}
+    network = placed(tiny_model(VARIANTS["mamba"]), floats, device)
+    launches = list(step_of(network, network.new_cache(1)).launches)
+    assert {x.args[0].dtype for x in launches if x.func is norm} == {FLOAT}
 
 
 def reason_of(network: MambaLM, batch: int = 1) -> str:
