@@ -243,11 +243,11 @@ class _Builder:
 
         channels, scale = mixed.shape[1], rotate.out_scale
         ngroups = options.get("ngroups", 1)
-        size = block_size(channels, ngroups)
-        if not rotate.enabled:
-            size = next(s for s in (64, 32, 1) if channels // ngroups % s == 0)
-        fits = size is not None and size >= 32
-        _require(fits, f"no kernel of it has {channels} channels in {ngroups} groups before a projection")
+        if rotate.enabled:
+            size = block_size(channels, ngroups)
+        else:
+            size = next((s for s in (64, 32) if channels // ngroups % s == 0), None)
+        _require(size is not None, f"no kernel of it takes {channels} channels in {ngroups} groups")
         _require(scale is None or scale.numel() == 1, "rotations give codes of one scale in it")
         out = self._new_input(reader, channels, scale)
         options |= {"size": size, "rotate": rotate.enabled, "out_scale": scale}
