@@ -13,6 +13,7 @@ from tiny_models import tiny_config, tiny_model
 from torch import Tensor
 from variants import VARIANTS, calibration_set, random_ids, rounded, shipped, with_state
 
+from quamba.formats.hadamard import supported
 from quamba.kernels.registry import _triton
 from quamba.kernels.triton.decode.norm import norm
 from quamba.kernels.triton.decode.scan import TimeSteps
@@ -239,6 +240,14 @@ def test_what_else_has_none(device: torch.device) -> None:
     assert reason_of(wide) == "no fused step: it computes in float32 at most."
     reference = tiny_model(CONFIGS["mamba2"])
     assert reason_of(reference) == "no fused step: only the Triton kernels have one."
+
+
+def test_channels_without_a_rotation(device: torch.device) -> None:
+    """Where nothing is rotated, sizes without a Hadamard matrix have a step, too."""
+    config = tiny_config("mamba", d_model=688, n_layer=1)
+    assert not supported(config.d_inner)
+    network = placed(tiny_model(config), FLOAT, device)
+    step_of(network, network.new_cache(1))
 
 
 def test_weights_it_does_not_multiply(device: torch.device) -> None:
