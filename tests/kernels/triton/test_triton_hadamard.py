@@ -157,7 +157,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         slots = 64 if early else usual.slots
         together = slots // (n // COLUMN)
         programs = -(-rows // together) if early else 2
-        cut = {"slots": slots, "rows": together, "parts": parts, "programs": programs, "early": early}
+        cut = {"slots": slots, "rows": together, "parts": parts, "programs": programs, "at_once": early}
         return dataclasses.replace(usual, **cut)
 
     monkeypatch.setattr(module, "tiles_for", cut)
@@ -240,7 +240,7 @@ def test_every_tile_holds_whole_rows(n: int, rows: int) -> None:
     assert 1 <= tiles.rows == tiles.slots // (n // COLUMN)
     assert tiles.programs % tiles.parts == 0
     whole = -(-rows // tiles.rows) * tiles.parts
-    assert tiles.programs == whole if tiles.early else tiles.programs <= whole
+    assert tiles.programs == whole if tiles.at_once else tiles.programs <= whole
 
 
 @pytest.mark.parametrize("n", [64, 40 * 64, 40 * 512, 16384])

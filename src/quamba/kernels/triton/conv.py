@@ -13,7 +13,12 @@ from quamba.formats.activation import Activation, Quantized, Rounding
 from quamba.formats.weight import QuantizedWeight
 from quamba.kernels.triton import conv_words
 from quamba.kernels.triton.conv_words import read_tokens
-from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.dependency import (
+    ORDINARY_LAUNCH,
+    dependent_launch,
+    let_next_start,
+    wait_for_inputs,
+)
 from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.quantize import check_dtype, check_last_stride, check_scale, to_codes
 from quamba.kernels.triton.recurrence import LOG2E
@@ -310,9 +315,11 @@ def causal_conv1d(
     x_scales = x_scale is not None and check_scale("the scale of x", x_scale, channels)
     out_scales = out_scale is not None and check_scale("out_scale", out_scale, channels)
     half_away = rounding == "half_away"
+    just_made = isinstance(weight, QuantizedWeight) and taps is not weight.data  # unpacked
+    launch = ORDINARY_LAUNCH if just_made else dependent_launch(values.device)
     if conv_words.fits(values, taps, weight_scale, state):
         conv_words.convolve(
-            values, x_scale, taps, weight_scale, bias, state, flags, y, out_scale, half_away=half_away
+            values, x_scale, taps, weight_scale, bias, state, flags, y, out_scale, half_away, launch
         )
         return y
     tile = conv_tile(length, channels)
@@ -349,7 +356,7 @@ def causal_conv1d(
         CHUNK=tile.chunk,
         CHUNKS=tile.rows // tile.chunk,
         num_warps=tile.num_warps,
-        **dependent_launch(values.device),
+        **launch,
     )
     return y
 

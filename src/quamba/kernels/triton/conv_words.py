@@ -7,13 +7,14 @@ tokens of one channel, so that a sum of four products is one instruction (dp4a),
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.dependency import let_next_start, wait_for_inputs
 from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.recurrence import LOG2E, PROCESSORS, ROUNDER
 from quamba.kernels.triton.words import dot4, even_bytes, odd_bytes, reciprocal, saturated_bytes
@@ -343,10 +344,13 @@ def convolve(
     flags: Tensor | None,
     y: Tensor,
     out_scale: Tensor | None,
-    *,
     half_away: bool,
+    launch: dict[str, Any],
 ) -> None:
-    """Fill y, and move the state on: ``causal_conv1d`` of codes x (B, L, C), with the mask as uint8."""
+    """Fill y, and move the state on: ``causal_conv1d`` of codes x (B, L, C), with the mask as uint8.
+
+    launch  as ``dependent_launch`` gives it
+    """
     batch, length, channels = x.shape
     tile = word_tile(batch, length, channels)
     length_blocks = triton.cdiv(length, tile.tokens)
@@ -378,5 +382,5 @@ def convolve(
         CHUNK=tile.chunk,
         CHUNKS=tile.chunks,
         num_warps=tile.words // 32,
-        **dependent_launch(x.device),
+        **launch,
     )

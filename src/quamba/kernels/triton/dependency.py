@@ -1,11 +1,19 @@
 """Programmatic dependent launch: a kernel starts while the one before it still runs.
 
 ``wait_for_inputs`` returns when all kernels before it are done and their writes can be seen. What a kernel
-reads before that must be written by no kernel that may still run.
+reads before that must be written by no kernel that may still run: parameters. What it writes must wait, too.
+Every program of a kernel that is launched so must wait, whatever it does: the kernels after it take its end
+for the end of all before it.
 
-A kernel of a decoding step (``decode/``) calls ``let_next_start`` first, so that the next one can take what
-room is left on the GPU. It then reads what no kernel of the step writes before it reads it: weights, and
-states of its own layer. The first kernel of a step must be an ordinary launch, which keeps two steps apart.
+``let_next_start`` comes first in a kernel. The next one starts when all programs of this one have, and takes
+what room they leave, so kernels of many waves lose nothing by it: they are launched so for prompts as for
+steps of decoding, where a launch of one microsecond is much of the two to ten that a kernel takes. A kernel
+with an ordinary launch waits for the end of the one before.
+
+The kernels of a fused step (``decode/``) read more early: states of their own layer. A step must begin with
+an ordinary launch (the copy of the embeddings), which keeps two steps apart. Kernels of single ops may follow
+each other in any order and number, so they read states after they have waited; to fetch into a cache what is
+large (``ask_ahead``) is safe before.
 """
 
 from __future__ import annotations
@@ -30,8 +38,41 @@ def wait_for_inputs(EARLY: tl.constexpr) -> None:
         tl.extra.cuda.gdc_wait()
 
 
+@triton.jit
+def ask_ahead(
+    rows: tl.tensor, first: tl.tensor, LENGTH: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr
+) -> None:
+    """Fetch so many lines of 128 bytes of some rows into the L2 cache, and do not wait; for use before
+    ``wait_for_inputs``, also where that must not read: later loads give what has been written by then.
+
+    rows    pointers to the first of LENGTH elements of each row
+    first   the element where the first line begins
+    """
+    if EARLY and LINES > 0:
+        _prefetch(rows, first, LENGTH, LINES)
+
+
+@triton.jit
+def _prefetch(rows: tl.tensor, first: tl.tensor, LENGTH: tl.constexpr, LINES: tl.constexpr) -> None:
+    BYTES: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
+    line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
+    at = rows[:, None] + tl.minimum(first + line * (128 // BYTES), LENGTH - 1)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [at.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+#: Arguments of a kernel that does not start early.
+ORDINARY_LAUNCH: dict[str, Any] = {"EARLY": False}
+
+
 @functools.lru_cache(maxsize=16)
 def dependent_launch(device: torch.device) -> dict[str, Any]:
     """Arguments of a kernel that starts early where the GPU can: compute capability 9.0 and newer."""
     early = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True} if early else ORDINARY_LAUNCH

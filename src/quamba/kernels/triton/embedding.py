@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.weight import QuantizedWeight
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.quantize import Tile, check_dtype, check_last_stride
 
@@ -33,11 +34,14 @@ def _embedding_kernel(
     column_blocks: tl.tensor,
     BITS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    let_next_start(EARLY)
     program = tl.program_id(0).to(tl.int64)
     token = program // column_blocks
     column = (program % column_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int32)
     inside = column < columns
+    wait_for_inputs(EARLY)
     row = tl.load(ids + token).to(tl.int64)
     known = (row >= 0) & (row < vocabulary)
     row = tl.where(known, row, 0)
@@ -86,5 +90,6 @@ def embedding(
         BITS=8 if quantized is None else quantized.format.bits,
         BLOCK_COLUMNS=tile.columns,
         num_warps=tile.num_warps,
+        **dependent_launch(y.device),
     )
     return y

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quamba.kernels.triton.dependency import dependent_launch, wait_for_inputs
+from quamba.kernels.triton.dependency import ask_ahead, dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.launches import launch_choice, row_bucket
 from quamba.kernels.triton.planes import weight_planes, x_planes
 from quamba.kernels.triton.recurrence import PROCESSORS
@@ -27,6 +27,10 @@ from quamba.kernels.triton.words import NATIVE, round_code
 _FLOAT_BITS = tl.constexpr(0x4B400000)
 #: Rows from which the planes of x are made once, before the product, rather than by every tile.
 _PLANAR_ROWS = 256
+#: Rows up to which weights are fetched into the L2 cache while the kernel before still runs, and bytes of
+#: weights up to which they are: with more rows there is less to wait for, and the cache has other uses.
+_AHEAD_ROWS = 64
+_MOST_AHEAD = 32 << 20
 
 #: What is scaled: the sum of a row, sums of groups, or codes before the sum ("levels").
 Scales = Literal["row", "group", "levels"]
@@ -288,8 +292,11 @@ def multiply(rows: Tensor, operand: Operand, target: Target, launch: TileLaunch 
         "PARTS": parts,
         "num_warps": launch.warps,
         "num_stages": launch.stages,
+        **dependent_launch(rows.device),
     }
     tiles = triton.cdiv(features, launch.features) * triton.cdiv(tokens, launch.tokens)
+    ahead = tokens <= _AHEAD_ROWS and operand.data.nbytes <= _MOST_AHEAD
+    arguments["AHEAD"] = triton.cdiv(operand.data.shape[1], 128 * splits) if ahead else 0
     if launch.slices > 1:
         _slices[(tiles,)](**arguments, **shared, SLICES=launch.slices)
         return
@@ -387,12 +394,15 @@ def _tiles(
     INPUTS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, TWO_LEVEL: tl.constexpr,
     ONE_ROW_SCALE: tl.constexpr, CHANNEL_OUT_SCALE: tl.constexpr, FACTOR: tl.constexpr, FLOAT: tl.constexpr,
     PLANES: tl.constexpr, PLANAR: tl.constexpr, FEATURES: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr, ORDER: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr, ORDER: tl.constexpr, AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of out, or with SPLIT its sums over ``steps`` steps. A step is BLOCK elements of a group.
 
     PLANAR  x holds the even inputs of a row, then the odd ones
+    AHEAD   lines of 128 bytes of a row that are fetched before the wait
     """
+    let_next_start(EARLY)
     PITCH: tl.constexpr = INPUTS // PLANES
     GROUP: tl.constexpr = PITCH // GROUPS
     WHOLE: tl.constexpr = GROUP % BLOCK == 0  # no step is shorter than a block
@@ -415,6 +425,8 @@ def _tiles(
     total = tl.zeros([FEATURES, TOKENS], tl.float32 if FLOAT or GROUPED else tl.int32)
     start = tl.program_id(1) * steps
     stop = tl.minimum(start + steps, GROUPS * PARTS)
+    ask_ahead(w + (n0.to(tl.int64) * PITCH + n_read * PITCH), start // PARTS * GROUP, PITCH, AHEAD, EARLY)
+    wait_for_inputs(EARLY)  # weights, too, may have been made just before
     scale_at = group_scale
     if group_scale is not None:
         scale_at = group_scale + (n0.to(tl.int64) * GROUPS + n_read * GROUPS)
@@ -460,9 +472,11 @@ def _slices(
     INPUTS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, TWO_LEVEL: tl.constexpr,
     ONE_ROW_SCALE: tl.constexpr, CHANNEL_OUT_SCALE: tl.constexpr, FACTOR: tl.constexpr, FLOAT: tl.constexpr,
     PLANES: tl.constexpr, FEATURES: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr, AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """As ``_tiles``, each step a batch of SLICES steps, which warps multiply side by side."""
+    let_next_start(EARLY)
     PITCH: tl.constexpr = INPUTS // PLANES
     GROUP: tl.constexpr = PITCH // GROUPS
     WHOLE: tl.constexpr = GROUP % BLOCK == 0 and GROUPS * PARTS % SLICES == 0
@@ -476,6 +490,8 @@ def _slices(
     w_at = w + n0.to(tl.int64) * PITCH + (n_read[None, :, None] * PITCH + k[None, None, :])
     x_at = x + m0.to(tl.int64) * PITCH + (m_read[None, :, None] * PITCH + k[None, None, :])
     total = tl.zeros([SLICES, FEATURES, TOKENS], tl.float32 if FLOAT or GROUPED else tl.int32)
+    ask_ahead(w + (n0.to(tl.int64) * PITCH + n_read * PITCH), 0, PITCH, AHEAD, EARLY)
+    wait_for_inputs(EARLY)  # weights, too, may have been made just before
     scale_at = group_scale
     if group_scale is not None:
         scale_at = group_scale + (n0.to(tl.int64) * GROUPS + n_read[None, :] * GROUPS)
@@ -519,6 +535,7 @@ def _add_splits(
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out from sums [SPLITS, tokens, features], added in their order."""
+    let_next_start(EARLY)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = tl.program_id(1).to(tl.int64)
     valid = n < features
@@ -526,7 +543,7 @@ def _add_splits(
     at = sums + m * features + n
     total = tl.load(at, mask=valid, other=0)
     for s in tl.static_range(1, SPLITS):
-        total += tl.load(at + tokens.to(tl.int64) * features * s, mask=valid, other=0)
+        total += tl.load(at + (m * 0 + tokens) * features * s, mask=valid, other=0)
     y = _row_scaled(total, n, valid, row_scale, FACTOR, ONE_ROW_SCALE)
     y = finish(y, n, valid, x_scale, bias, out_scale, CHANNEL_OUT_SCALE)
     tl.store(out + m * out_stride + n, y.to(out.dtype.element_ty), mask=valid)

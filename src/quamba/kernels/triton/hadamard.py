@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quamba.formats.activation import Activation, Overflow, Quantized, Rounding
 from quamba.formats.hadamard import hadamard_factors, paley_matrix, sylvester_matrix
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.norm import check_groups, check_one_scale, gated_rms_norm
 from quamba.kernels.triton.quantize import as_rows, check_dtype, check_last_stride, check_scale, to_codes
 from quamba.kernels.triton.rotate_tiles import COLUMN, rotate_tiles, tiles_for
@@ -152,7 +153,10 @@ def _hadamard_kernel(
     ROWS: tl.constexpr,
     HALF_AWAY: tl.constexpr,
     WRAP: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
     program = tl.program_id(0).to(tl.int64)
     fast = tl.arange(0, 2**BITS)[None, :]
     if SLOW == 1:
@@ -231,6 +235,7 @@ def _rotate(
         HALF_AWAY=half_away,
         WRAP=wrap,
         num_warps=split.num_warps,
+        **dependent_launch(x.device),
     )
     return y
 

@@ -15,6 +15,7 @@ from quamba.formats.activation import Activation, Quantized
 from quamba.formats.weight import QuantizedWeight
 from quamba.kernels.reference import linear as reference
 from quamba.kernels.reference.quantize import quantize_or_cast
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.gemm import Operand, Product, Target, finish, fits, multiply, product_key
 from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.planes import level_words
@@ -191,6 +192,7 @@ def _word_arguments(rows: Tensor, operand: Operand, target: Target, launch: Word
         "ROWS": launch.rows,
         "WORDS": launch.words,
         "num_warps": launch.warps,
+        **dependent_launch(rows.device),
     }
 
 
@@ -218,13 +220,15 @@ def _int_words(
     x, w, scale, levels, x_scale, bias, out_scale, out, tokens, features,
     INPUTS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, TWO_LEVEL: tl.constexpr,
     ONE_ROW_SCALE: tl.constexpr, CHANNEL_OUT_SCALE: tl.constexpr, TOKENS: tl.constexpr,
-    ROWS: tl.constexpr, WORDS: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] for a few tokens m. Of int4 words, the high nibbles as signed bytes are codes times 16.
 
     scale   of rows, or of groups
     levels  TWO_LEVEL: what codes are multiplied by before the sum, and rounded; then scale is that of the row
     """
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
     KW: tl.constexpr = INPUTS * BITS // 32
     PER: tl.constexpr = 128 * BITS // 32  # words of a group
     GROUPED: tl.constexpr = GROUPS > 1 and not TWO_LEVEL
@@ -283,8 +287,11 @@ def _half_words(
     x, w, scale, levels, x_scale, bias, out_scale, out, tokens, features,
     INPUTS: tl.constexpr, GROUPS: tl.constexpr, ONE_ROW_SCALE: tl.constexpr,
     CHANNEL_OUT_SCALE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] for a few tokens of float16 and int4 weights."""
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
     KW: tl.constexpr = INPUTS // 8
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     valid = n < features

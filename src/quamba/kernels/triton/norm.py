@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.activation import Activation, Quantized
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.quantize import as_rows, check_dtype, check_scale, to_codes, whole_row_tile
 
 _MAX_COLUMNS = 32768
@@ -32,11 +33,20 @@ def _add_norm_kernel(
     CENTER: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    let_next_start(EARLY)
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
     present = column < columns
     inside = (row < rows) & present
+    factor = 1.0
+    if weight is not None:
+        factor = tl.load(weight + column, mask=present, other=0).to(tl.float32)
+    if out_scale is not None:
+        # One division, not one an element: each takes longer than all else that is done to it.
+        inverse = tl.div_rn(1.0, tl.load(out_scale).to(tl.float32))
+    wait_for_inputs(EARLY)
     v = tl.load(x + row * x_stride + column, mask=inside, other=0)
     if x_scale is not None:
         v = v.to(tl.float32)
@@ -56,13 +66,11 @@ def _add_norm_kernel(
         v = tl.where(present, v - mean[:, None], 0.0)
     power = tl.sum(v * v, axis=1) / columns + eps
     v *= tl.div_rn(1.0, tl.sqrt_rn(power))[:, None]
-    if weight is not None:
-        v *= tl.load(weight + column, mask=present, other=0).to(tl.float32)
+    v *= factor
     if bias is not None:
         v += tl.load(bias + column, mask=present, other=0).to(tl.float32)
     if out_scale is not None:
-        # One division, not one an element: each takes longer than all else that is done to it.
-        v *= tl.div_rn(1.0, tl.load(out_scale).to(tl.float32))
+        v *= inverse
         tl.store(y + row * columns + column, to_codes(v, False, False), mask=inside)
     else:
         tl.store(y + row * columns + column, v.to(y.dtype.element_ty), mask=inside)
@@ -144,6 +152,7 @@ def _norm(
         BLOCK_ROWS=tile.rows,
         BLOCK_COLUMNS=tile.columns,
         num_warps=tile.num_warps,
+        **dependent_launch(values.device),
     )
     return y
 
@@ -226,7 +235,9 @@ def _gated_norm_kernel(
     NORM_FIRST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    let_next_start(EARLY)
     groups = columns // group_size
     program = tl.program_id(0).to(tl.int64)
     row = (program // groups * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
@@ -234,6 +245,7 @@ def _gated_norm_kernel(
     column = program % groups * group_size + offset
     present = offset < group_size
     inside = (row < rows) & present
+    wait_for_inputs(EARLY)
     v = gate_and_norm(
         y + row * y_stride + column,
         z + row * z_stride + column,
@@ -289,6 +301,7 @@ def gated_rms_norm(
         BLOCK_ROWS=tile.rows,
         BLOCK_COLUMNS=tile.columns,
         num_warps=tile.num_warps,
+        **dependent_launch(y.device),
     )
     return out
 

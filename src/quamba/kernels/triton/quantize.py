@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.activation import Overflow, Rounding
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.words import reciprocal
 
@@ -86,7 +87,10 @@ def _quantize_kernel(
     WRAP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)  # the scale, too, may have been made just before
     program = tl.program_id(0).to(tl.int64)
     row = (program // column_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     column = (program % column_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
@@ -131,6 +135,7 @@ def quantize(
         BLOCK_ROWS=tile.rows,
         BLOCK_COLUMNS=tile.columns,
         num_warps=tile.num_warps,
+        **dependent_launch(y.device),
     )
     return y
 

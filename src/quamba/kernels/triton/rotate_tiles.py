@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.hadamard import hadamard_factors, paley_matrix, sylvester_matrix
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.norm import read_gate
 from quamba.kernels.triton.recurrence import PROCESSORS
 
@@ -42,7 +43,7 @@ class Tiles:
     parts          programs a tile: 2 for one half of S X^T each
     programs       each walks over tiles
     num_stages     tiles that are loaded ahead, and one
-    early          a program has one tile, and registers to ask at once for all it reads
+    at_once        a program has one tile, and registers to ask at once for all it reads
     max_registers  of a thread
     """
 
@@ -52,7 +53,7 @@ class Tiles:
     programs: int
     num_warps: int
     num_stages: int
-    early: bool
+    at_once: bool
     max_registers: int
 
 
@@ -223,12 +224,14 @@ def _tile_kernel(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     WIDE: tl.constexpr,
     HALF_AWAY: tl.constexpr,
     WRAP: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
-    """z None: no gated norm. GROUP: columns of its groups. EARLY: one step, without a loop."""
+    """z None: no gated norm. GROUP: columns of its groups. AT_ONCE: one step, without a loop."""
+    let_next_start(EARLY)
     half: tl.constexpr = _HALF
     fast = tl.arange(0, half)[:, None]
     slots = tl.arange(0, SLOTS)
@@ -245,7 +248,8 @@ def _tile_kernel(
             norm *= 1.0000002384185791
     part = tl.program_id(0) % PARTS
     first = (tl.program_id(0) // PARTS * ROWS + slot // SLOW).to(tl.int64)
-    for step in tl.range(1 if EARLY else steps, num_stages=STAGES):
+    wait_for_inputs(EARLY)
+    for step in tl.range(1 if AT_ONCE else steps, num_stages=STAGES):
         row = first + step * (tl.num_programs(0) // PARTS * ROWS)
         inside = present & (row < rows)
         upper = x + (row * x_stride + channel)
@@ -259,8 +263,8 @@ def _tile_kernel(
             b, gate_b = _read_gated(
                 upper + half, gate + half, z_scale, channel + half, present, inside, Z_SCALES, NORM_FIRST
             )
-            weight_a = _weights(weight, channel, present, a, EARLY)
-            weight_b = _weights(weight, channel + half, present, b, EARLY)
+            weight_a = _weights(weight, channel, present, a, AT_ONCE)
+            weight_b = _weights(weight, channel + half, present, b, AT_ONCE)
             power = tl.sum(a * a + b * b, axis=0)
             if ROWS * SLOW == GROUP:
                 power = tl.sum(power, axis=0)
@@ -270,8 +274,8 @@ def _tile_kernel(
             a *= inverse
             b *= inverse
             if weight is not None:
-                a *= _weights(weight, channel, present, weight_a, not EARLY)
-                b *= _weights(weight, channel + half, present, weight_b, not EARLY)
+                a *= _weights(weight, channel, present, weight_a, not AT_ONCE)
+                b *= _weights(weight, channel + half, present, weight_b, not AT_ONCE)
             if NORM_FIRST:
                 a *= gate_a
                 b *= gate_b
@@ -345,11 +349,12 @@ def rotate_tiles(
         ROWS=tiles.rows,
         PARTS=tiles.parts,
         STAGES=tiles.num_stages,
-        EARLY=tiles.early,
+        AT_ONCE=tiles.at_once,
         WIDE=not narrow,
         HALF_AWAY=half_away,
         WRAP=wrap,
         num_warps=tiles.num_warps,
         maxnreg=tiles.max_registers,
+        **dependent_launch(x.device),
     )
     return out

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.activation import Activation
+from quamba.kernels.triton.dependency import ask_ahead, dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.quantize import silu
 from quamba.kernels.triton.recurrence import (
     LOG2E,
@@ -109,13 +110,20 @@ def _step_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Program (channels, sequences): the states are read, advanced and written once, A is read once."""
+    let_next_start(EARLY)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     d_in, n_in = d < channels, n < N
     inside = d_in[:, None] & n_in[None, :]
     at = d[:, None] * N + n[None, :]
+    begin = tl.program_id(1) * ROWS
+    LINES: tl.constexpr = (N * state.dtype.element_ty.primitive_bitwidth // 8 + 127) // 128
+    for i in tl.static_range(ROWS):
+        last = tl.minimum(begin + i, batch - 1).to(tl.int64)
+        ask_ahead(state + last * state_b + tl.minimum(d, channels - 1) * N, 0, N, LINES, EARLY)
     A_dn = tl.load(A + at, mask=inside, other=0).to(tl.float32) * LOG2E
     bias = tl.zeros((BLOCK_D,), tl.float32)
     if dt_bias is not None:
@@ -140,7 +148,7 @@ def _step_kernel(
         )
         per_step = 1.0 / step
 
-    begin = tl.program_id(1) * ROWS
+    wait_for_inputs(EARLY)
     for row in range(begin, tl.minimum(begin + ROWS, batch)):
         b = tl.full((), 0, tl.int64) + row
         h_at = state + b * state_b + at
@@ -203,6 +211,7 @@ def selective_scan_step(
         BLOCK_N=triton.next_power_of_2(d_state),
         ROWS=launch.rows,
         num_warps=launch.num_warps,
+        **dependent_launch(y.device),
     )
     return y
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.activation import Activation
+from quamba.kernels.triton.dependency import ask_ahead, dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.recurrence import (
     LOG2E,
     PROCESSORS,
@@ -83,8 +84,10 @@ def _step_kernel(
     HEADS_PER_GROUP: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Program (part of a head, sequence): its rows of the state are read, advanced and written once."""
+    let_next_start(EARLY)
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     h = tl.program_id(0) // blocks
     b = tl.program_id(1).to(tl.int64)
@@ -92,19 +95,20 @@ def _step_kernel(
     n = tl.arange(0, BLOCK_N)
     p_in, n_in = p < P, n < N
     inside = p_in[:, None] & n_in[None, :]
-    S_at = state + b * state_b + h * (P * N) + p[:, None] * N + n[None, :]
-    S = tl.load(S_at, mask=inside, other=0).to(tl.float32)
-
-    raw = read_scalar(dt, b * dt_b + h, dt_scale, h, DT_MODE)
+    own = state + b * state_b + h * (P * N)
+    LINES: tl.constexpr = (N * state.dtype.element_ty.primitive_bitwidth // 8 + 127) // 128
+    ask_ahead(own + tl.minimum(p, P - 1) * N, 0, N, LINES, EARLY)
+    rate = tl.load(A + h).to(tl.float32) * LOG2E
+    bias = 0.0
     if dt_bias is not None:
-        raw += tl.load(dt_bias + h).to(tl.float32)
-    delta = limited_softplus(raw, low, high, LIMITED)
-    decay = tl.exp2(delta * tl.load(A + h).to(tl.float32) * LOG2E)
-    x_p = read_vector(x + b * x_b + h * P, p, p_in, x_scale, h * P, X_MODE)
-    first = h // HEADS_PER_GROUP * N
-    B_n = read_vector(B + b * B_b + first, n, n_in, B_scale, first, B_MODE)
-    C_n = read_vector(C + b * C_b + first, n, n_in, C_scale, first, C_MODE)
-
+        bias = tl.load(dt_bias + h).to(tl.float32)
+    skip = tl.zeros((BLOCK_P,), tl.float32)
+    if D is not None:
+        if D_BY_CHANNEL:
+            skip = tl.load(D + h * P + p, mask=p_in, other=0).to(tl.float32)
+        else:
+            skip += tl.load(D + h).to(tl.float32)
+    step = 1.0
     per_step = 1.0
     if state_scale is not None:
         p_near = p if BLOCK_P * blocks == P else tl.minimum(p, P - 1)
@@ -121,18 +125,25 @@ def _step_kernel(
             SCALE_BY_CHANNEL,
             SCALE_BY_COLUMN,
         )
-        S *= step * decay
         per_step = 1.0 / step
-    else:
-        S *= decay
+
+    wait_for_inputs(EARLY)
+    S_at = own + p[:, None] * N + n[None, :]
+    S = tl.load(S_at, mask=inside, other=0).to(tl.float32)
+
+    raw = read_scalar(dt, b * dt_b + h, dt_scale, h, DT_MODE) + bias
+    delta = limited_softplus(raw, low, high, LIMITED)
+    decay = tl.exp2(delta * rate)
+    x_p = read_vector(x + b * x_b + h * P, p, p_in, x_scale, h * P, X_MODE)
+    first = h // HEADS_PER_GROUP * N
+    B_n = read_vector(B + b * B_b + first, n, n_in, B_scale, first, B_MODE)
+    C_n = read_vector(C + b * C_b + first, n, n_in, C_scale, first, C_MODE)
+    S *= step * decay
     S += (x_p * delta)[:, None] * B_n[None, :]
     write_state(S_at, S, per_step, inside)
     y_p = tl.sum(S * C_n[None, :], axis=1)
     if D is not None:
-        if D_BY_CHANNEL:
-            y_p += x_p * tl.load(D + h * P + p, mask=p_in, other=0).to(tl.float32)
-        else:
-            y_p += x_p * tl.load(D + h).to(tl.float32)
+        y_p += x_p * skip
     tl.store(y + b * (H * P) + h * P + p, y_p.to(y.dtype.element_ty), mask=p_in)
 
 
@@ -181,6 +192,7 @@ def ssd_step(
         BLOCK_P=launch.channels,
         BLOCK_N=triton.next_power_of_2(d_state),
         num_warps=launch.num_warps,
+        **dependent_launch(y.device),
     )
     return y
 
