@@ -112,6 +112,7 @@ def _conv_kernel(
 ) -> None:
     """A program has BLOCK_CHANNELS channels of CHUNKS * CHUNK tokens of a sequence: at least 3 or all."""
     let_next_start(EARLY)
+    wait_for_inputs(EARLY)  # a bias of int8, too, has been made float just before
     INTEGER: tl.constexpr = (x.dtype.element_ty == tl.int8) and (weight.dtype.element_ty == tl.int8)
     MASKED: tl.constexpr = mask is not None
     dtype: tl.constexpr = tl.int32 if INTEGER else tl.float32
@@ -159,7 +160,6 @@ def _conv_kernel(
     if state is not None:
         state += batch * state_batch_stride
 
-    wait_for_inputs(EARLY)
     left = length - first
     now, kept = read_tokens(at, flags, mask_stride, left, True, real, 0, CHUNK, X_STRIDE, WHOLE, MASKED)
     if ONE_TOKEN:

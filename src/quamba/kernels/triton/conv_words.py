@@ -262,6 +262,7 @@ def _word_kernel(
     WHOLE                   no program has tokens behind the last
     """
     let_next_start(EARLY)
+    wait_for_inputs(EARLY)  # a bias of int8, too, has been made float just before
     MASKED: tl.constexpr = mask is not None
     blocks: tl.constexpr = (WORDS + BLOCK - 1) // BLOCK
     place = tl.program_id(0) // blocks
@@ -286,7 +287,6 @@ def _word_kernel(
         y += word * 4
     each: tl.constexpr = WORDS if out_scale is not None else 4 * WORDS
 
-    wait_for_inputs(EARLY)
     left = length - first
     now, kept = read_tokens(at, flags, mask_stride, left, True, real, 0, CHUNK, X_STRIDE, WHOLE, MASKED)
     before, kept_before = read_tokens(

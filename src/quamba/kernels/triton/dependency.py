@@ -1,7 +1,8 @@
 """Programmatic dependent launch: a kernel starts while the one before it still runs.
 
 ``wait_for_inputs`` returns when all kernels before it are done and their writes can be seen. What a kernel
-reads before that must be written by no kernel that may still run: parameters. What it writes must wait, too.
+reads before that must be written by no kernel that may still run: tensors of the model, but not what is
+computed from them on every call, as A = -exp(A_log). What it writes must wait, too.
 Every program of a kernel that is launched so must wait, whatever it does: the kernels after it take its end
 for the end of all before it.
 

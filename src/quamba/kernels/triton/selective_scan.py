@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quamba.formats.activation import Activation
 from quamba.kernels.triton.dependency import ask_ahead, dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.quantize import silu
 from quamba.kernels.triton.recurrence import (
     LOG2E,
@@ -39,6 +40,7 @@ class ScanLaunch:
     num_warps: int
 
 
+@launch_choice("selective_scan.launch")
 def scan_launch(batch: int, length: int, d_inner: int) -> ScanLaunch:
     """A warp for eight channels, and twice as many where that leaves processors idle.
 
@@ -59,6 +61,7 @@ class StepLaunch:
     num_warps: int
 
 
+@launch_choice("selective_scan_step.launch")
 def step_launch(batch: int, d_inner: int, d_state: int) -> StepLaunch:
     """512 elements of the state a program; fewer, or those of more sequences, as the GPU fills."""
     channels = max(4, 512 // triton.next_power_of_2(d_state))
@@ -124,6 +127,7 @@ def _step_kernel(
     for i in tl.static_range(ROWS):
         last = tl.minimum(begin + i, batch - 1).to(tl.int64)
         ask_ahead(state + last * state_b + tl.minimum(d, channels - 1) * N, 0, N, LINES, EARLY)
+    wait_for_inputs(EARLY)  # A, too, has been computed just before
     A_dn = tl.load(A + at, mask=inside, other=0).to(tl.float32) * LOG2E
     bias = tl.zeros((BLOCK_D,), tl.float32)
     if dt_bias is not None:
@@ -148,7 +152,6 @@ def _step_kernel(
         )
         per_step = 1.0 / step
 
-    wait_for_inputs(EARLY)
     for row in range(begin, tl.minimum(begin + ROWS, batch)):
         b = tl.full((), 0, tl.int64) + row
         h_at = state + b * state_b + at

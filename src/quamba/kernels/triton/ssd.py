@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quamba.formats.activation import Activation
 from quamba.kernels.triton.dependency import ask_ahead, dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.recurrence import (
     LOG2E,
     PROCESSORS,
@@ -34,6 +35,7 @@ class StepLaunch:
     num_warps: int
 
 
+@launch_choice("ssd_step.launch")
 def step_launch(batch: int, nheads: int, headdim: int, d_state: int) -> StepLaunch:
     """Small parts of heads while the GPU is not full, then 4096 elements of the state a program."""
     widest = max(1, min(triton.next_power_of_2(headdim), 4096 // triton.next_power_of_2(d_state)))
@@ -98,6 +100,7 @@ def _step_kernel(
     own = state + b * state_b + h * (P * N)
     LINES: tl.constexpr = (N * state.dtype.element_ty.primitive_bitwidth // 8 + 127) // 128
     ask_ahead(own + tl.minimum(p, P - 1) * N, 0, N, LINES, EARLY)
+    wait_for_inputs(EARLY)  # A, too, has been computed just before
     rate = tl.load(A + h).to(tl.float32) * LOG2E
     bias = 0.0
     if dt_bias is not None:
@@ -127,7 +130,6 @@ def _step_kernel(
         )
         per_step = 1.0 / step
 
-    wait_for_inputs(EARLY)
     S_at = own + p[:, None] * N + n[None, :]
     S = tl.load(S_at, mask=inside, other=0).to(tl.float32)
 
