@@ -3,8 +3,8 @@
     python benchmarks/end_to_end.py [--models mamba2-2.7b] [--recipes fp16 w4a8] [--state_dtype int8]
                                     [--only tpot] [--peers]
 
-Random weights. TPOT is one step of a batch, replayed as a CUDA graph; TTFT is reading prompts, without a
-graph, up to the logits of the last token. Medians, with 5th and 95th percentiles. The bytes of a step are
+Random weights. TPOT is one step of a batch, replayed as a CUDA graph; TTFT is reading prompts as `generate`
+does, short ones replayed as graphs, up to the logits of the last token. Medians, with 5th and 95th percentiles. The bytes of a step are
 the least it can move: every weight read once (of an embedding table that is not the head only the rows
 looked up), every state read and written once. Their rate is compared with that of a large copy in this run.
 
