@@ -93,9 +93,13 @@ def test_results_are_printed_and_kept(run: Run, here: Path, played: Played) -> N
     assert result.exit_code == 0, result.output
     header, *lines = result.stdout.splitlines()
     sizes = "x int8, weights int4 group 128, features 2560, inputs 5120, rows"
-    assert header == "op                before us   best us   gain  for, and the best launch"
-    assert lines[0].startswith(f"linear.tiles           9.00      7.50   1.20  {sizes} 16: TileLaunch(")
-    assert lines[1].startswith(f"linear.tiles              -     12.00      -  {sizes} 64: TileLaunch(")
+    assert header == "op                before us   best us   gain  for: the best launch"
+    assert lines[0].startswith(
+        f"linear.tiles           9.00      7.50   1.20  {sizes} 16: features 32, tokens 16, "
+    )
+    assert lines[1].startswith(
+        f"linear.tiles              -     12.00      -  {sizes} 64: features 32, tokens 16, "
+    )
     assert lines[2] == f"linear.tiles              -         -      -  {sizes} 512: no candidate was right"
     path = here / "tables" / "nvidia-h200.json"
     first, *_, last = result.stderr.splitlines()

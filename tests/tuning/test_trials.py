@@ -19,11 +19,11 @@ from quamba.models.config import Mamba2Config, MambaConfig, ModelConfig
 from quamba.models.lm import MambaLM
 from quamba.recipes.plan import resolve
 from quamba.recipes.recipe import Override, Precision, Recipe, load_recipe
-from quamba.runtime.step import FusedStep, fused_step
 from quamba.tuning import trials as module
 from quamba.tuning.networks import PUBLISHED, one_block_plans, random_network
 from quamba.tuning.step_reference import KNOWN
 from quamba.tuning.trials import OpTrial, StepTrial, Trial, trials
+from quamba.tuning.tune import check_ops, unknown
 
 CONFIGS: dict[str, ModelConfig] = {
     "mamba": MambaConfig(d_model=64, n_layer=1, vocab_size=61),
@@ -68,12 +68,8 @@ def test_launches_of_a_step_are_as_the_reference_has_them(
 
 def name_of(trial: Trial) -> str:
     """Of the kernel's function."""
-    assert isinstance(trial, StepTrial) and trial.op == "decode"
-    step = fused_step(trial._network, trial._cache)
-    assert isinstance(step, FusedStep)
-    launch = step.launches[trial._index]
-    assert isinstance(launch, functools.partial)
-    return launch.func.__name__
+    assert isinstance(trial, StepTrial)
+    return trial.op.removeprefix("decode.")
 
 
 def off_by(change: Callable[[dict[str, Any]], Tensor]) -> Callable[..., Callable[..., None]]:
@@ -185,6 +181,26 @@ def test_what_is_timed_has_weights_of_its_own(device: torch.device, monkeypatch:
             assert isinstance(trial, OpTrial)
             assert len(trial.runs(nullcontext)) == len(trial.runs(nullcontext)) == 3
             assert len({call.args[1].data.data_ptr() for call in trial._copies}) == 3
+
+
+@pytest.mark.parametrize(
+    ("ops", "rows", "names"),
+    [
+        (["decode.mix", "decode.ssd_gate"], 2, ["decode.ssd_gate", "decode.mix"]),
+        (["linear"], 5, ["linear.tiles"] * 3),
+    ],
+    ids=["decode", "linear"],
+)
+def test_what_is_asked_for_is_known_before_it_runs(
+    ops: list[str], rows: int, names: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ops = network("mamba2", "w4a8", device), check_ops(ops)
+    ran = [(a.choice.name, a.key) for _, a in unknown([model], [rows], ops, lambda op, key: False)]
+    assert [name for name, _ in ran] == names
+    monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", None)
+    monkeypatch.setattr("triton.runtime.jit.JITFunction.run", None)
+    found = unknown([model], [rows], ops, lambda op, key: False, only_ask=True)
+    assert [(a.choice.name, a.key) for _, a in found] == ran
 
 
 def test_one_block_of_each_kind() -> None:

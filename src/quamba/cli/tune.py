@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,9 +168,11 @@ def _tune(
 
 def _print(found: Found, first: bool) -> None:
     """A line on stdout; on stderr, what was wrong with candidates."""
+    from quamba.tuning.tune import fields_of
+
     if first:
-        click.echo(f"{'op':<17} {'before us':>9} {'best us':>9} {'gain':>6}  for, and the best launch")
-    sizes = ", ".join(f"{name} {value}" for name, value in found.sizes.items())
+        click.echo(f"{'op':<17} {'before us':>9} {'best us':>9} {'gain':>6}  for: the best launch")
+    sizes = _named(found.sizes)
     before = found.us.get(found.before)
     if found.best is None:
         click.echo(f"{found.op:<17} {'-':>9} {'-':>9} {'-':>6}  {sizes}: no candidate was right")
@@ -177,8 +180,12 @@ def _print(found: Found, first: bool) -> None:
         us = found.us[found.best]
         gain = "-" if before is None else f"{before / us:.2f}"
         old = "-" if before is None else f"{before:.2f}"
-        click.echo(f"{found.op:<17} {old:>9} {us:>9.2f} {gain:>6}  {sizes}: {found.best}")
+        click.echo(f"{found.op:<17} {old:>9} {us:>9.2f} {gain:>6}  {sizes}: {_named(fields_of(found.best))}")
     if found.wrong:
         launch, reason = next(iter(found.wrong.items()))
         tried = len(found.wrong) + len(found.us)
         say(f"{len(found.wrong)} of {tried} did not count, the first {launch}: {reason}")
+
+
+def _named(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

@@ -71,7 +71,7 @@ def compile_share(
 ) -> int:
     """Run every ``jobs``-th candidate once, from the ``number``-th on; how many that were."""
     met = done = 0
-    for trial, asked in unknown(networks, rows, ops, lambda op, key: (op, key) in known):
+    for trial, asked in unknown(networks, rows, ops, lambda op, key: (op, key) in known, only_ask=True):
         for launch in candidates(asked):
             met += 1
             if (met - 1) % jobs != number:
@@ -79,7 +79,7 @@ def compile_share(
             done += 1
             try:
                 with torch.inference_mode():
-                    trial.fault(partial(asked.choice.forced, launch))
+                    trial.compile(partial(asked.choice.forced, launch))
             except Exception:
                 if not is_usable(trial.device):
                     return done

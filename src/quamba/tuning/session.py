@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Collection
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from quamba.errors import QuambaError
 from quamba.kernels.triton.launch_tables import Entry, Gpu, Table, read_table
 from quamba.kernels.triton.launches import forget, schemas
+from quamba.tuning.tune import Found, fields_of
 
 if TYPE_CHECKING:
     from quamba.kernels.triton.launch_tables import Key
-    from quamba.tuning.tune import Found
 
 
 class Session:
@@ -54,16 +53,10 @@ class Session:
         """Write down the best; where nothing was right there is none."""
         if found.best is None:
             return
-        entry = Entry(_fields(found.best), found.us[found.best], found.us.get(found.before))
+        entry = Entry(fields_of(found.best), found.us[found.best], found.us.get(found.before))
         self._table.put(found.op, found.key, entry)
         self._table.write(self.path, self._schemas)
         forget()
-
-
-def _fields(launch: Any) -> dict[str, int]:
-    """Those that are not at their defaults."""
-    fields = dataclasses.fields(launch)
-    return {f.name: getattr(launch, f.name) for f in fields if getattr(launch, f.name) != f.default}
 
 
 def _check_writable(path: Path) -> None:

@@ -22,7 +22,7 @@ from quamba.tuning.step_reference import KNOWN, arguments_of, results_of, wanted
 
 #: Rows up to which they are sequences of one token each; more are the tokens of one prompt.
 MOST_DECODED = 64
-#: The op of the launches of a fused step.
+#: What the ops of the launches of a fused step begin with.
 STEP = "decode"
 _MOST_COPIES = 512
 
@@ -33,7 +33,7 @@ Force = Callable[[], AbstractContextManager[Any]]
 class Trial(Protocol):
     """One call.
 
-    op  as in the first part of a ``LaunchChoice``'s name
+    op  the name of the ``LaunchChoice`` it makes, or its first part
     """
 
     op: str
@@ -41,6 +41,9 @@ class Trial(Protocol):
 
     def run(self) -> None:
         """Once, as it is."""
+
+    def compile(self, force: Force) -> None:
+        """Once under ``force``, whatever its inputs are."""
 
     def fault(self, force: Force) -> str | None:
         """What is wrong with the results under ``force``; None where the reference has the same."""
@@ -75,6 +78,10 @@ class OpTrial:
     def run(self) -> None:
         self._call.copy().outcome(self._kernels)
 
+    def compile(self, force: Force) -> None:
+        with force():
+            self.run()
+
     def fault(self, force: Force) -> str | None:
         with force(), PoisonedAllocations():
             found = self._call.copy().outcome(self._kernels)
@@ -98,15 +105,17 @@ class StepTrial:
     before it fill what it reads.
     """
 
-    op = STEP
-
-    def __init__(self, network: MambaLM, cache: MambaCache, ids: Tensor, index: int) -> None:
-        self.device = network.device
+    def __init__(self, network: MambaLM, cache: MambaCache, ids: Tensor, index: int, op: str) -> None:
+        self.op, self.device = op, network.device
         self._network, self._cache, self._ids, self._index = network, cache, ids, index
         self._copies: list[Any] = []
 
     def run(self) -> None:
         self._launch(nullcontext)()
+
+    def compile(self, force: Force) -> None:
+        with force():
+            self._step().launches[self._index]()
 
     def fault(self, force: Force) -> str | None:
         launch = self._launch(force)
@@ -130,14 +139,18 @@ class StepTrial:
 
     def _launch(self, force: Force) -> functools.partial[None]:
         with force():
-            step = fused_step(self._network, self._cache.clone())
-        assert isinstance(step, FusedStep)
+            step = self._step()
         step.embed(self._ids)
         for before in step.launches[: self._index]:
             before()
         launch = step.launches[self._index]
         assert isinstance(launch, functools.partial)
         return launch
+
+    def _step(self) -> FusedStep:
+        step = fused_step(self._network, self._cache.clone())
+        assert isinstance(step, FusedStep)
+        return step
 
 
 @torch.inference_mode()
@@ -149,7 +162,9 @@ def _step_trials(network: MambaLM, batch: int) -> list[StepTrial]:
     ids = torch.randint(network.config.vocab_size, (batch,), device=network.device)
     names = [launch.func.__name__ for launch in step.launches if isinstance(launch, functools.partial)]
     assert len(names) == len(step.launches)
-    return [StepTrial(network, cache, ids, i) for i, name in enumerate(names) if name in KNOWN]
+    return [
+        StepTrial(network, cache, ids, i, f"{STEP}.{name}") for i, name in enumerate(names) if name in KNOWN
+    ]
 
 
 def _first_fault(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -55,6 +57,12 @@ class Found:
         return fastest
 
 
+def fields_of(launch: Any) -> dict[str, int]:
+    """Those that are not at their defaults."""
+    fields = dataclasses.fields(launch)
+    return {f.name: getattr(launch, f.name) for f in fields if getattr(launch, f.name) != f.default}
+
+
 class LostError(Exception):
     """A candidate left the GPU unusable for this process."""
 
@@ -104,28 +112,34 @@ def unknown(
     rows: Sequence[int],
     ops: Collection[str],
     is_known: Callable[[str, Key], bool],
+    *,
+    only_ask: bool = False,
 ) -> Iterator[tuple[Trial, Asked]]:
-    """The choices that are made for so many rows, each once, with a call that makes it."""
-    seen: set[tuple[str, Key]] = set()
-    for trial, asked in _asked_for(networks, rows, ops):
-        op, key = asked.choice.name, asked.key
-        if (op, key) not in seen and not is_known(op, key):
-            seen.add((op, key))
-            yield trial, asked
+    """The choices that are made for so many rows, each once, with a call that makes it.
 
-
-def _asked_for(
-    networks: Sequence[MambaLM], rows: Sequence[int], ops: Collection[str]
-) -> Iterator[tuple[Trial, Asked]]:
+    only_ask  run nothing to find out: a call then shows the first of its choices only
+    """
     from quamba.kernels.triton.launches import asked
 
-    for count in rows:
-        for network in networks:
-            for trial in trials(network, count, {op.split(".")[0] for op in ops}):
-                with torch.inference_mode(), asked() as made:
-                    trial.run()
-                own = [a for a in made if a.choice.name in ops and a.choice.name.split(".")[0] == trial.op]
-                yield from ((trial, a) for a in own)
+    seen: set[tuple[str, Key]] = set()
+    for trial in (t for n in rows for network in networks for t in trials(network, n, _first_parts(ops))):
+        own = [op for op in ops if op == trial.op or op.startswith(f"{trial.op}.")]
+        if not own:
+            continue
+        with torch.inference_mode(), asked(stop_at=own if only_ask else ()) as made:
+            if only_ask:
+                trial.compile(nullcontext)
+            else:
+                trial.run()
+        for found in made:
+            op, key = found.choice.name, found.key
+            if op in own and (op, key) not in seen and not is_known(op, key):
+                seen.add((op, key))
+                yield trial, found
+
+
+def _first_parts(ops: Collection[str]) -> set[str]:
+    return {op.split(".")[0] for op in ops}
 
 
 def candidates(asked: Asked) -> list[Any]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from quamba.formats.activation import Activation, Overflow, Quantized, Rounding
 from quamba.formats.hadamard import hadamard_factors, paley_matrix, sylvester_matrix
 from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.norm import check_groups, check_one_scale, gated_rms_norm
 from quamba.kernels.triton.quantize import as_rows, check_dtype, check_last_stride, check_scale, to_codes
 from quamba.kernels.triton.rotate_tiles import COLUMN, rotate_tiles, tiles_for
@@ -48,6 +49,7 @@ class Split:
     num_warps: int
 
 
+@launch_choice("hadamard.split")
 def split_for(rows: int, n: int) -> Split:
     """One program a row (or, with an M_m, one for 8 rows of M X), or many programs a row if rows are few."""
     m, bits = hadamard_factors(n)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -26,11 +26,17 @@ L = TypeVar("L")
 #: Where choices are made: all that tables may speak of.
 _MODULES = (
     "conv",
+    "conv_words",
     "embedding",
     "gemm",
     "gptq",
+    "hadamard",
     "linear",
     "quantize",
+    "rotate_tiles",
+    "selective_scan",
+    "ssd",
+    "ssd_chunks",
     "decode.mix",
     "decode.project",
     "decode.scan",
@@ -41,6 +47,7 @@ _MOST_KNOWN = 4096
 
 _CHOICES: dict[str, LaunchChoice[Any]] = {}
 _asked: list[Asked] | None = None
+_stop_at: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,10 @@ class Asked:
     arguments: Mapping[str, Any]
     key: Key
     launch: Any
+
+
+class _Stopped(BaseException):
+    """Ends a run that was only to ask."""
 
 
 class LaunchChoice(Generic[L]):
@@ -97,6 +108,8 @@ class LaunchChoice(Generic[L]):
         self._known[call] = launch
         if _asked is not None:
             _asked.append(Asked(self, dict(bound.arguments), key, launch))
+            if self.name in _stop_at:
+                raise _Stopped
         return launch
 
     def key(self, arguments: Mapping[str, Any]) -> Key:
@@ -198,16 +211,21 @@ def forget() -> None:
 
 
 @contextmanager
-def asked() -> Iterator[list[Asked]]:
-    """Collects what is asked for inside, each choice and arguments once."""
-    global _asked
-    before, _asked = _asked, []
+def asked(stop_at: Collection[str] = ()) -> Iterator[list[Asked]]:
+    """Collects what is asked for inside, each choice and arguments once.
+
+    stop_at  names of choices: where one of them is asked for, what runs inside ends, before its launch
+    """
+    global _asked, _stop_at
+    before, _asked, _stop_at = (_asked, _stop_at), [], stop_at
     for choice in _CHOICES.values():
         choice.forget()
     try:
         yield _asked
+    except _Stopped:
+        pass
     finally:
-        _asked = before
+        _asked, _stop_at = before
 
 
 def _device() -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quamba.formats.hadamard import hadamard_factors, paley_matrix, sylvester_matrix
 from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.norm import read_gate
 from quamba.kernels.triton.recurrence import PROCESSORS
 
@@ -57,6 +58,7 @@ class Tiles:
     max_registers: int
 
 
+@launch_choice("hadamard.tiles")
 def tiles_for(rows: int, n: int, gated: bool = False) -> Tiles | None:
     """Few tiles: a program or two each. Many: two programs for each SM, which load ahead, or four where the
     gate, too, wants registers. None if n does not fit."""

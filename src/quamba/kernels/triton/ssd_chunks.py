@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.recurrence import (
     LARGEST_DECAY,
     LOG2E,
@@ -52,11 +53,12 @@ class ScanLaunch:
     stages: int  # of loads ahead of their use
 
 
+@launch_choice("ssd_scan.launch")
 def scan_launch(
     batch: int, length: int, nheads: int, headdim: int, d_state: int, ngroups: int, half: bool
 ) -> ScanLaunch:
-    """From timings on an H200 (docs/notes/gpu-kernels.md): long chunks keep fewer states, and pay where a prompt
-    is long; heads share operands as far as programs remain for the GPU."""
+    """From timings on an H200 (docs/notes/gpu-kernels.md): long chunks keep fewer states, and pay where a
+    prompt is long; heads share operands as far as programs remain for the GPU."""
     channels = min(64, max(16, triton.next_power_of_2(headdim)))
     long = half and length > 1024 and d_state <= 128
     # Of Triton 3.6 for sm_90, products of 64 bfloat16 rows with 16 or 32 columns are wrong (they go to wgmma;
