@@ -4,9 +4,10 @@
                                     [--only tpot] [--peers]
 
 Random weights. TPOT is one step of a batch, replayed as a CUDA graph; TTFT is reading prompts as `generate`
-does, short ones replayed as graphs, up to the logits of the last token. Medians, with 5th and 95th percentiles. The bytes of a step are
-the least it can move: every weight read once (of an embedding table that is not the head only the rows
-looked up), every state read and written once. Their rate is compared with that of a large copy in this run.
+does, short ones replayed as graphs, up to the logits of the last token. Medians, with 5th and 95th
+percentiles. The bytes of a step are the least it can move: every weight read once (of an embedding table that
+is not the head only the rows looked up), every state read and written once. Their rate is compared with that
+of a large copy in this run.
 
 The float model has fp16 states, whatever --state_dtype says. Rows go to
 benchmarks/results/end-to-end-{machine}.json one by one; those of earlier runs stay there, and a speed-up is

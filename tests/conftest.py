@@ -12,6 +12,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+# Triton kernels run on a GPU if there is one, else in Triton's interpreter on the CPU. Read when the kernels
+# are defined, so before any test imports them.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 REPO_ROOT = Path(__file__).resolve().parent.parent
 POISON_BYTE = 0x5A
 

@@ -67,7 +67,8 @@ def test_codes_out(format: WeightFormat, tokens: int, channel: bool, device: str
     features, inputs = 13, 256
     weight, x = random_weight(format, features, inputs, device), random_codes((1, tokens, inputs), device)
     bias = torch.randn(features, device=device)
-    scale = torch.rand(features, device=device) * 0.04 + 0.01 if channel else torch.tensor(0.04, device=device)
+    one = torch.tensor(0.04, device=device)
+    scale = torch.rand(features, device=device) * 0.04 + 0.01 if channel else one
     y = linear(x, weight, bias, out_scale=scale)
     expected = reference.linear(x, weight, bias, out_scale=scale)
     assert y.dtype == torch.int8 and y.shape == (1, tokens, features)
