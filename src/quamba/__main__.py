@@ -2,4 +2,5 @@
 
 from quamba.cli.main import main
 
-main()
+if __name__ == "__main__":  # processes of its own import this file, too
+    main()

@@ -95,6 +95,7 @@ def _devices(device: str) -> list[torch.device]:
 def _run(device: torch.device, backend: str, refusals: dict[tuple[str, str], str]) -> Run | None:
     """None, and the reason among the refusals, where these kernels are not for this device."""
     from quamba.kernels.check import Check, check_backend, first_line
+    from quamba.runtime.check_ahead import compile_ahead
     from quamba.runtime.check_model import check_models
 
     try:
@@ -104,6 +105,9 @@ def _run(device: torch.device, backend: str, refusals: dict[tuple[str, str], str
         return None
     except Exception as error:  # a broken installation of Triton is what this command is for
         return Run(str(device), backend, [Check("import", backend, False, first_line(error))])
+    if device.type == "cuda" and backend == "triton":
+        say(f"Compiling the {backend} kernels ...")
+        compile_ahead(device, backend)
     say(f"Checking the {backend} kernels on {device} ...")
     return Run(str(device), backend, [*check_backend(kernels, device), *check_models(kernels, device)])
 

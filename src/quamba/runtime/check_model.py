@@ -46,24 +46,27 @@ class _Random:
         return {}
 
 
-def check_models(kernels: Kernels, device: torch.device) -> list[Check]:
+def check_models(kernels: Kernels, device: torch.device, share: slice | None = None) -> list[Check]:
     """A prompt and 8 steps of both families in W8A8 (int8 state), W4A8 and W4A16, and their CUDA graphs where
-    the kernels are a GPU's own. No failure raises."""
+    the kernels are a GPU's own. No failure raises.
+
+    share  of the six models; None: all
+    """
     checks: list[Check] = []
     alive = True
     graphs = device.type == "cuda" and kernels.name != "reference"
-    for config in _configs():
-        for recipe in _TOLERANCES:
-            case = f"{config.family} {recipe}"
-            comparisons = {f"{case}, prompt and {_STEPS} steps": _compare}
-            if graphs:
-                comparisons[f"{case}, CUDA graph"] = _compare_graph
-            for name, compare in comparisons.items():
-                if not alive:
-                    checks.append(not_run("model", name))
-                    continue
-                checks.append(_check(name, partial(compare, config, recipe, kernels, device)))
-                alive = bool(checks[-1].passed) or is_usable(device)
+    models = [(config, recipe) for config in _configs() for recipe in _TOLERANCES]
+    for config, recipe in models if share is None else models[share]:
+        case = f"{config.family} {recipe}"
+        comparisons = {f"{case}, prompt and {_STEPS} steps": _compare}
+        if graphs:
+            comparisons[f"{case}, CUDA graph"] = _compare_graph
+        for name, compare in comparisons.items():
+            if not alive:
+                checks.append(not_run("model", name))
+                continue
+            checks.append(_check(name, partial(compare, config, recipe, kernels, device)))
+            alive = bool(checks[-1].passed) or is_usable(device)
     return checks
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import time
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,6 +11,7 @@ import torch
 from quamba.kernels.check import is_usable
 from quamba.models.lm import MambaLM, on_device
 from quamba.recipes.plan import Plan
+from quamba.runtime.processes import run_side_by_side
 from quamba.tuning.networks import random_network
 from quamba.tuning.tune import candidates, unknown
 
@@ -34,27 +32,14 @@ def compile_ahead(
     seconds: float,
 ) -> None:
     """Returns when all is compiled, or after so many seconds. What goes wrong is left for the search."""
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    until = time.monotonic() + seconds
-    work = (list(plans), list(rows), list(ops), set(known), str(device), jobs)
-    processes = [context.Process(target=_process, args=(i, *work), daemon=True) for i in range(jobs)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(max(0.0, until - time.monotonic()))
-    for process in processes:
-        if process.is_alive():
-            process.terminate()
-        process.join()
+    work = (list(plans), list(rows), list(ops), set(known), str(device))
+    run_side_by_side(_compile, *work, jobs=jobs, seconds=seconds)
 
 
-def _process(
-    number: int, plans: list[Plan], rows: list[int], ops: list[str], known: Any, device: str, jobs: int
+def _compile(
+    number: int, jobs: int, plans: list[Plan], rows: list[int], ops: list[str], known: Any, device: str
 ) -> None:
-    """Silent: the search meets the same errors, and says them."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    """The search meets the same errors, and says them."""
     target = torch.device(device)
     with on_device(target):
         networks = [random_network(plan, target) for plan in plans]
