@@ -102,13 +102,13 @@ class _Builder:
     """Walks through the leaves in the order of a forward pass and collects launches."""
 
     def __init__(self, network: MambaLM, cache: MambaCache) -> None:
+        _require(network.kernels.name == "triton", "only the Triton kernels have one")
         self.network, self.cache, self.batch = network, cache, cache.batch_size
         self.floats = network.lm_head.compute_dtype
         self.launches: list[Launch] = []
 
     def build(self) -> FusedStep:
         network = self.network
-        _require(network.kernels.name == "triton", "only the Triton kernels have one")
         _require(self.batch <= MOST_SEQUENCES, f"it is for at most {MOST_SEQUENCES} sequences")
         _require(self.floats != torch.float64, "it computes in float32 at most")
         norm = network.backbone.norm_f
