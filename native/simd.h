@@ -1,0 +1,397 @@
+// Vectors of the instruction set this file is compiled for. Everything is in the namespace QB_ISA, and nothing in it
+// uses inline code of the standard library: the linker would keep one copy of that for all instruction sets.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "pool.h"
+#include "quamba_cpu.h"
+
+#ifndef QB_ISA
+#error "QB_ISA names the instruction set that these files are compiled for."
+#endif
+
+#define QB_INLINE static inline __attribute__((always_inline))
+
+namespace QB_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kFloats = 16;
+#elif defined(__AVX2__)
+constexpr int kFloats = 8;
+#else
+constexpr int kFloats = 4;
+#endif
+constexpr int kBytes = 4 * kFloats;
+
+typedef float vf __attribute__((vector_size(kBytes)));
+typedef int32_t vi __attribute__((vector_size(kBytes)));
+typedef int8_t vb __attribute__((vector_size(kBytes)));
+typedef uint8_t vu __attribute__((vector_size(kBytes)));
+typedef int8_t vb_quarter __attribute__((vector_size(kFloats)));
+typedef uint16_t vh_half __attribute__((vector_size(kBytes / 2)));
+
+template <class A, class B>
+QB_INLINE constexpr auto least(A a, B b) -> decltype(a + b) {
+    return a < b ? a : b;
+}
+template <class A, class B>
+QB_INLINE constexpr auto most(A a, B b) -> decltype(a + b) {
+    return a > b ? a : b;
+}
+
+template <class V>
+QB_INLINE V load(const void *p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V>
+QB_INLINE void store(void *p, V v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+QB_INLINE vf loadf(const float *p) { return load<vf>(p); }
+QB_INLINE vf splat(float x) { return x - vf{}; }
+QB_INLINE vi spliti(int32_t x) { return x - vi{}; }
+QB_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+QB_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+QB_INLINE vi lanes() {
+    vi v;
+    for (int i = 0; i < kFloats; ++i) v[i] = i;
+    return v;
+}
+
+QB_INLINE float sum(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    for (int width = kFloats / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) v[i] += v[i + width];
+    return v[0];
+#endif
+}
+
+QB_INLINE int32_t sum(vi v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    for (int width = kFloats / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) v[i] += v[i + width];
+    return v[0];
+#endif
+}
+
+// Integers of floats in the range of int32, to nearest, ties to even.
+QB_INLINE vi round_even(vf v) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtps_epi32((__m512)v);
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtps_epi32((__m256)v);
+#elif defined(__aarch64__)
+    return (vi)vcvtnq_s32_f32((float32x4_t)v);
+#else
+    vi r;
+    for (int i = 0; i < kFloats; ++i) r[i] = (int32_t)__builtin_nearbyintf(v[i]);
+    return r;
+#endif
+}
+
+QB_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+
+// 2^-12 of the last digit beyond what float32 holds, in |x| < 87; 0 below, large above.
+QB_INLINE vf vexp(vf x) {
+    const vf clamped = vmin(vmax(x, splat(-87.3f)), splat(88.7f));
+    const vi n = round_even(clamped * 1.442695041f);
+    const vf k = to_float(n);
+    vf r = clamped - k * 0.693359375f;
+    r = r + k * 2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // In two halves: 2^n alone would overflow where the product does not.
+    const vi half = n >> 1;
+    const vf result = p * (vf)((half + 127) << 23) * (vf)((n - half + 127) << 23);
+    return x < -87.3f ? vf{} : result;
+}
+
+// The natural logarithm of normal floats > 0.
+QB_INLINE vf vlog(vf x) {
+    const vi bits = (vi)x;
+    // The exponent for a mantissa in [sqrt(1/2), sqrt(2)).
+    const vi e = (bits - 0x3f3504f3) >> 23;
+    const vf m = (vf)(bits - (e << 23)) - 1.0f;
+    vf p = splat(7.0376836292e-2f);
+    p = p * m + -1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m + -1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m + -1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m + -2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    const vf k = to_float(e);
+    vf y = p * m * m * m;
+    y = y + k * -2.12194440e-4f;
+    y = y - 0.5f * m * m;
+    return m + y + k * 0.693359375f;
+}
+
+// log(1 + exp(v)), v itself above 20.
+QB_INLINE vf vsoftplus(vf v) {
+    const vf e = vexp(vmin(v, splat(20.0f)));
+    const vf w = 1.0f + e;
+    return v > 20.0f ? v : vlog(w) + (e - (w - 1.0f)) / w;
+}
+
+QB_INLINE vf vsilu(vf v) { return v / (1.0f + vexp(-v)); }
+
+QB_INLINE vf rsqrt_exact(vf v) {
+    vf r;
+#if defined(__AVX512F__)
+    r = (vf)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+    r = (vf)_mm256_sqrt_ps((__m256)v);
+#elif defined(__aarch64__)
+    r = (vf)vsqrtq_f32((float32x4_t)v);
+#else
+    for (int i = 0; i < kFloats; ++i) r[i] = __builtin_sqrtf(v[i]);
+#endif
+    return 1.0f / r;
+}
+
+// 16-bit floats and codes, a vector of floats at a time.
+
+QB_INLINE vf from_bf16(const uint16_t *p) {
+    const vh_half h = load<vh_half>(p);
+    typedef uint32_t vw __attribute__((vector_size(kBytes)));
+    return (vf)(__builtin_convertvector(h, vw) << 16);
+}
+
+QB_INLINE void to_bf16(uint16_t *p, vf v) {
+    typedef uint32_t vw __attribute__((vector_size(kBytes)));
+    const vw bits = (vw)v;
+    const vw rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const vw nan = (bits >> 16) | 64;
+    const vw r = (v != v) ? nan : rounded;
+    store(p, __builtin_convertvector(r, vh_half));
+}
+
+QB_INLINE vf from_f16(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__aarch64__)
+    return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#endif
+}
+
+QB_INLINE void to_f16(uint16_t *p, vf v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+#endif
+}
+
+QB_INLINE vi widen(const int8_t *p) { return __builtin_convertvector(load<vb_quarter>(p), vi); }
+
+// Integers that fit, as bytes.
+QB_INLINE void narrow(int8_t *p, vi v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    store(p, __builtin_convertvector(v, vb_quarter));
+#endif
+}
+
+QB_INLINE float f16_value(uint16_t h) {
+#if defined(__x86_64__)
+    return _cvtsh_ss(h);
+#elif defined(__aarch64__)
+    uint16_t four[4] = {h, 0, 0, 0};
+    return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(four))), 0);
+#endif
+}
+
+// acc + sums of four products of unsigned and signed bytes, exact.
+QB_INLINE vi dot(vi acc, vu a, vb b) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+    // Products of neighbours would not fit 16 bits, so even and odd bytes go apart.
+    const __m256i low = _mm256_set1_epi16(0xff), ones = _mm256_set1_epi16(1);
+    const __m256i ua = (__m256i)a, sb = (__m256i)b;
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(ua, low), _mm256_srai_epi16(_mm256_slli_epi16(sb, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(ua, 8), _mm256_srai_epi16(sb, 8));
+    (void)ones;
+    return (vi)_mm256_add_epi32((__m256i)acc, _mm256_add_epi32(even, odd));
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    return (vi)vusdotq_s32((int32x4_t)acc, (uint8x16_t)a, (int8x16_t)b);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    // a = (a - 128) + 128: the signed product, and 128 times the sum of b.
+    const int8x16_t shifted = (int8x16_t)(a ^ (vu)(vb{} - 128));
+    const int32x4_t sums = vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), (int8x16_t)b);
+    return (vi)vaddq_s32(vdotq_s32((int32x4_t)acc, shifted, (int8x16_t)b), vshlq_n_s32(sums, 7));
+#else
+#error "No products of bytes for this instruction set."
+#endif
+}
+
+// The same for a below 16.
+QB_INLINE vi dot_small(vi acc, vu a, vb b) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+    return (vi)_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif !defined(__x86_64__) && !defined(__ARM_FEATURE_MATMUL_INT8) && defined(__ARM_FEATURE_DOTPROD)
+    return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)a, (int8x16_t)b);
+#else
+    return dot(acc, a, b);
+#endif
+}
+
+// Four bytes, again and again.
+QB_INLINE vb splat4(const int8_t *p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return (vb)spliti(four);
+}
+
+// Tensors of any dtype, a row of floats at a time. first: a channel. Ends are masked by going one by one.
+
+QB_INLINE const char *at(const QbTensor &t, int64_t batch, int64_t token) {
+    const int64_t bytes = t.dtype == QB_F32 ? 4 : t.dtype == QB_I8 ? 1 : 2;
+    return (const char *)t.data + bytes * (batch * t.batch_stride + token * t.token_stride);
+}
+
+QB_INLINE float bf16_value(uint16_t h) {
+    const uint32_t bits = (uint32_t)h << 16;
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+}
+
+/// Real values of channels [first, first + count) of one token.
+static inline void read_row(float *out, const QbTensor &t, int64_t batch, int64_t token, int64_t first,
+                            int64_t count) {
+    const char *row = at(t, batch, token);
+    int64_t i = 0;
+    if (t.dtype == QB_F32) {
+        __builtin_memcpy(out, (const float *)row + first, 4 * count);
+    } else if (t.dtype == QB_BF16) {
+        const uint16_t *p = (const uint16_t *)row + first;
+        for (; i + kFloats <= count; i += kFloats) store(out + i, from_bf16(p + i));
+        for (; i < count; ++i) out[i] = bf16_value(p[i]);
+    } else if (t.dtype == QB_F16) {
+        const uint16_t *p = (const uint16_t *)row + first;
+        for (; i + kFloats <= count; i += kFloats) store(out + i, from_f16(p + i));
+        for (; i < count; ++i) out[i] = f16_value(p[i]);
+    } else {
+        const int8_t *p = (const int8_t *)row + first;
+        if (t.scale_step) {
+            const float *scale = t.scale + first;
+            for (; i + kFloats <= count; i += kFloats) store(out + i, to_float(widen(p + i)) * loadf(scale + i));
+            for (; i < count; ++i) out[i] = (float)p[i] * scale[i];
+        } else {
+            const float scale = *t.scale;
+            for (; i + kFloats <= count; i += kFloats) store(out + i, to_float(widen(p + i)) * scale);
+            for (; i < count; ++i) out[i] = (float)p[i] * scale;
+        }
+    }
+}
+
+/// Codes of x / scale; both full vectors.
+QB_INLINE vi codes_of(vf x, vf scale, int rounding, int overflow) {
+    vf q = x / scale;
+    if (overflow == QB_SATURATE) {
+        q = vmin(vmax(q, splat(-128.0f)), splat(127.0f));
+    } else {
+        // The low eight bits: whole numbers of float32 beyond 2^31 are clamped, as the reference does.
+        q = vmin(vmax(q, splat(-2147483648.0f)), splat(2147483520.0f));
+    }
+    if (rounding == QB_HALF_EVEN) return round_even(q);
+    const vf whole = to_float(__builtin_convertvector(q, vi));
+    const vf rest = q - whole;
+    const vf up = whole + (q < 0.0f ? splat(-1.0f) : splat(1.0f));
+    const vf away = (rest >= 0.5f) | (rest <= -0.5f) ? up : whole;
+    return __builtin_convertvector(vmin(vmax(away, overflow == QB_SATURATE ? splat(-128.0f) : splat(-2147483648.0f)),
+                                        overflow == QB_SATURATE ? splat(127.0f) : splat(2147483520.0f)),
+                                   vi);
+}
+
+/// Writes count values to channels from first on of one token, in the format of t.
+static inline void write_row(const QbTensor &t, int64_t batch, int64_t token, int64_t first, int64_t count,
+                             const float *values, int rounding = QB_HALF_EVEN, int overflow = QB_SATURATE) {
+    char *row = const_cast<char *>(at(t, batch, token));
+    int64_t i = 0;
+    if (t.dtype == QB_F32) {
+        __builtin_memcpy((float *)row + first, values, 4 * count);
+    } else if (t.dtype == QB_BF16) {
+        uint16_t *p = (uint16_t *)row + first;
+        for (; i + kFloats <= count; i += kFloats) to_bf16(p + i, loadf(values + i));
+        if (i < count) {
+            float in[kFloats] = {};
+            uint16_t end[kFloats];
+            __builtin_memcpy(in, values + i, 4 * (count - i));
+            to_bf16(end, loadf(in));
+            __builtin_memcpy(p + i, end, 2 * (count - i));
+        }
+    } else if (t.dtype == QB_F16) {
+        uint16_t *p = (uint16_t *)row + first;
+        for (; i + kFloats <= count; i += kFloats) to_f16(p + i, loadf(values + i));
+        if (i < count) {
+            float in[kFloats] = {};
+            uint16_t end[kFloats];
+            __builtin_memcpy(in, values + i, 4 * (count - i));
+            to_f16(end, loadf(in));
+            __builtin_memcpy(p + i, end, 2 * (count - i));
+        }
+    } else {
+        int8_t *p = (int8_t *)row + first;
+        const float *scale = t.scale + (t.scale_step ? first : 0);
+        for (; i + kFloats <= count; i += kFloats)
+            narrow(p + i, codes_of(loadf(values + i), t.scale_step ? loadf(scale + i) : splat(*scale), rounding,
+                                   overflow));
+        if (i < count) {
+            float in[kFloats] = {}, by[kFloats];
+            int8_t end[kFloats];
+            for (int j = 0; j < kFloats; ++j) by[j] = t.scale_step && i + j < count ? scale[i + j] : *scale;
+            __builtin_memcpy(in, values + i, 4 * (count - i));
+            narrow(end, codes_of(loadf(in), loadf(by), rounding, overflow));
+            __builtin_memcpy(p + i, end, count - i);
+        }
+    }
+}
+
+/// Runs part(i) for i below count on all threads.
+template <class Part>
+static inline void each(int64_t count, const Part &part) {
+    quamba::parallel(
+        count, [](void *context, int64_t i) { (*(const Part *)context)(i); }, (void *)&part);
+}
+
+/// Parts of `total` things, at least `least_size` each: enough that a thread that is held up is waited for briefly.
+QB_INLINE int64_t part_size(int64_t total, int64_t least_size, int64_t multiple) {
+    const int64_t parts = quamba::threads() == 1 ? 1 : 8 * quamba::threads();
+    int64_t size = most((total + parts - 1) / parts, least_size);
+    return (size + multiple - 1) / multiple * multiple;
+}
+
+}  // namespace QB_ISA

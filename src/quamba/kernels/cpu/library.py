@@ -1,0 +1,103 @@
+"""The compiled kernels: where they are, whether they are of this version, and running them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from quamba.errors import QuambaError, one_of
+from quamba.kernels.cpu.abi import ABI, OPS, Op
+
+_FILE = "_quamba_cpu.so"
+#: Another build of the library, for those who work on it.
+_OTHER_FILE = "QUAMBA_CPU_LIBRARY"
+
+
+class _Entry(ctypes.Structure):
+    _fields_ = (("kind", ctypes.c_int64), ("args", ctypes.c_void_p))
+
+
+@functools.cache
+def load() -> ctypes.CDLL | str:
+    """The library, or why there is none: the end of a sentence."""
+    path = Path(os.environ.get(_OTHER_FILE) or Path(__file__).with_name(_FILE))
+    if not path.is_file():
+        return "they were not built when the package was installed, for want of a C++ compiler"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"'{path}' cannot be loaded ({error})"
+    library.qb_size_of.argtypes, library.qb_size_of.restype = (ctypes.c_int64,), ctypes.c_int64
+    library.qb_run.argtypes, library.qb_run.restype = (ctypes.c_void_p, ctypes.c_int64), None
+    library.qb_read.argtypes, library.qb_read.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_uint64
+    library.qb_set_threads.argtypes, library.qb_set_threads.restype = (ctypes.c_int,), None
+    library.qb_use_instruction_set.argtypes = (ctypes.c_char_p,)
+    library.qb_instruction_set.restype = library.qb_instruction_sets.restype = ctypes.c_char_p
+    sizes = [library.qb_size_of(op.kind) for op in OPS]
+    if library.qb_abi() != ABI or sizes != [ctypes.sizeof(op) for op in OPS]:
+        return f"'{path}' is of another version of this package; install the package again"
+    if not library.qb_instruction_sets():
+        return "this processor has none of the instruction sets that they are built for"
+    return library
+
+
+def available() -> bool:
+    return not isinstance(load(), str)
+
+
+def _library() -> ctypes.CDLL:
+    library = load()
+    if isinstance(library, str):
+        raise QuambaError(f"The CPU kernels cannot be used: {library}.")
+    return library
+
+
+class Program:
+    """Ops in order, on fixed buffers, run by one call. ``keep`` holds what their pointers point to."""
+
+    def __init__(self, ops: Sequence[Op], keep: object = None) -> None:
+        self._ops, self._keep = tuple(ops), keep
+        self._entries = (_Entry * len(self._ops))(
+            *(_Entry(op.kind, ctypes.addressof(op)) for op in self._ops)
+        )
+        self._run, self._address = _library().qb_run, ctypes.addressof(self._entries)
+
+    def __call__(self) -> None:
+        self._run(self._address, len(self._ops))
+
+
+def run(op: Op) -> None:
+    """One op, at once."""
+    entry = _Entry(op.kind, ctypes.addressof(op))
+    _library().qb_run(ctypes.addressof(entry), 1)
+
+
+def instruction_sets() -> list[str]:
+    """Those that this machine runs, best first."""
+    return _library().qb_instruction_sets().decode().split(",")
+
+
+def instruction_set() -> str:
+    return str(_library().qb_instruction_set().decode())
+
+
+def use_instruction_set(name: str) -> None:
+    """For tests and comparisons: the best one is used without being asked for."""
+    if _library().qb_use_instruction_set(name.encode()):
+        raise one_of("The instruction set", name, instruction_sets())
+
+
+def threads() -> int:
+    return int(_library().qb_threads())
+
+
+def set_threads(count: int) -> None:
+    _library().qb_set_threads(count)
+
+
+def read_memory(address: int, size: int) -> None:
+    """Read bytes once on all threads: what the bandwidth of reading is measured with."""
+    _library().qb_read(address, size)
