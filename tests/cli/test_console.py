@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 from quamba.cli.console import Command, TqdmProgress, table
@@ -35,13 +36,29 @@ def test_bad_input_is_one_sentence(error: Exception, status: int, stderr: str) -
     assert (result.exit_code, result.stdout, result.stderr) == (status, "", stderr)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["python", "gpu", "cpu"],
+)
+def test_too_little_memory_is_one_sentence(error: Exception) -> None:
+    result = CliRunner().invoke(_raises(error), [])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Error: There is not enough memory for this run, expected fewer")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_an_interrupt_is_130() -> None:
     result = CliRunner().invoke(_raises(KeyboardInterrupt()), [])
     assert result.exit_code == 130
     assert result.stderr.strip() == "Interrupted."
 
 
-@pytest.mark.parametrize("error", [ValueError("ours"), OSError("ours, without a file")])
+@pytest.mark.parametrize("error", [ValueError("ours"), OSError("ours, without a file"), RuntimeError("ours")])
 def test_a_defect_keeps_its_traceback(error: Exception) -> None:
     assert CliRunner().invoke(_raises(error), []).exception is error
 

@@ -12,6 +12,7 @@ from click.testing import Result
 
 from quamba.cli.main import main
 from quamba.cli.published import command as published
+from quamba.evaluation.lm_eval_model import TaskModel
 
 Run = Callable[..., Result]
 Refused = Callable[..., str]
@@ -128,6 +129,61 @@ def test_quantized_and_scored(run: Run, mine: Path) -> None:
 )
 def test_bad_arguments(refused: Refused, here: Path, arguments: tuple[object, ...], sentence: str) -> None:
     assert sentence in refused(main, "evaluate", "mamba2-tiny", *arguments)
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ()], ids=["evaluate", "main.py"])
+def test_a_run_that_was_cut_off_goes_on(
+    run: Run, mine: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    task = (mine / "mine" / "colours.yaml").read_text()
+    for name in ("second", "third"):
+        (mine / "mine" / f"{name}.yaml").write_text(task.replace("task: colours", f"task: {name}"))
+    flags = ("--limit", 4) if command else ("--eval_zero_shot", "--testing")
+    where = main if command else published
+    arguments = (*command, "mamba2-tiny", "--task_list", "colours,second,third", "--task_dir", "mine", *flags)
+    arguments = (*arguments, "--device", "cpu", "--batch_size", "auto", "--log_dir", "logs")
+    plain, asked = TaskModel.log_likelihoods, []
+
+    def counted(self: TaskModel, pairs: list[object]) -> list[tuple[float, bool]]:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(pairs))
+        return plain(self, pairs)
+
+    monkeypatch.setattr(TaskModel, "log_likelihoods", counted)
+    assert run(where, *arguments).exit_code == 130
+    assert [path.name for path in (mine / "logs").iterdir()] == ["unfinished"]
+    asked.clear()
+    result = run(where, *arguments, "--batch_size", 3)
+    assert result.exit_code == 0, result.output
+    assert len(asked) == 1
+    line = "Taken over from a run that was cut off: colours, second (from 'logs/unfinished')."
+    assert line in result.stderr.splitlines()
+    (path,) = (mine / "logs").iterdir()
+    log = json.loads(path.read_text())
+    assert list(log["lm_eval"]) == ["colours", "second", "third"]
+    asked.clear()
+    with monkeypatch.context() as other:
+        other.setattr(TaskModel, "log_likelihoods", plain)
+        fresh = run(where, *arguments)
+    assert fresh.stdout.splitlines()[-4:] == result.stdout.splitlines()[-4:]
+    assert "Taken over" not in fresh.stderr
+
+
+def test_nothing_but_results_where_nobody_looks(run: Run, mine: Path) -> None:
+    run(main, "evaluate", "mamba2-tiny", *MINE, "--limit", 4)  # the data set's cache is made, with a bar
+    result = run(main, "evaluate", "mamba2-tiny", *MINE, "--limit", 4)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "Log-likelihoods" in run(main, "evaluate", "mamba2-tiny", *MINE, "--limit", 4, "--verbose").stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [("0", "0 is not in the range x>=1"), ("aut", "neither a number nor 'auto'. Did you mean 'auto'?")],
+)
+def test_bad_batch_sizes(refused: Refused, here: Path, value: str, sentence: str) -> None:
+    assert sentence in refused(main, "evaluate", "mamba2-tiny", "--batch_size", value)
+    assert sentence in refused(published, "mamba2-tiny", "--eval_ppl", "--batch_size", value)
 
 
 def test_a_task_folder_that_is_none(refused: Refused, mine: Path) -> None:

@@ -45,6 +45,13 @@ class _Sentences(click.Command):
             if error.filename is None:
                 raise
             _fail(f"'{error.filename}': {error.strerror}.")
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            _fail(
+                "There is not enough memory for this run, expected fewer sequences at once or shorter "
+                "prompts (--batch_size, --promptlen, --prompt_len, --seqlen)."
+            )
         sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -100,15 +107,18 @@ class NearestChoice(click.Choice):
 
 
 class TqdmProgress:
-    """``pipeline.Progress`` as bars on stderr, if that is a terminal or ``verbose`` is set; else nothing."""
+    """``pipeline.Progress`` as bars on stderr, if that is a terminal or ``verbose`` is set; else nothing.
+
+    enabled  whether there are bars
+    """
 
     def __init__(self, verbose: bool = False) -> None:
-        self._enabled = verbose or sys.stderr.isatty()
+        self.enabled = verbose or sys.stderr.isatty()
         self._bar: Any = None
 
     def stage(self, name: str, total: int) -> None:
         self.close()
-        if self._enabled:
+        if self.enabled:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=name, file=sys.stderr, dynamic_ncols=True)
@@ -164,6 +174,12 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of Python, of a GPU, or of the CPU, for which torch has no class of its own."""
+    named = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or named or "DefaultCPUAllocator" in str(error)
 
 
 def _fail(message: str, ctx: click.Context | None = None) -> None:

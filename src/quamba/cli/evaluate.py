@@ -9,7 +9,16 @@ import click
 
 from quamba.cli.console import Command, TqdmProgress, mib, say
 from quamba.cli.flags import SEED, device_option, given_parameters
-from quamba.cli.task_scores import TESTING_SAMPLES, add_to_record, print_task_scores, score_tasks, task_names
+from quamba.cli.task_scores import (
+    LOG_DIR_HELP,
+    TESTING_SAMPLES,
+    add_to_record,
+    answer_store,
+    batch_size_option,
+    print_task_scores,
+    score_tasks,
+    task_names,
+)
 from quamba.errors import QuambaError
 
 if TYPE_CHECKING:
@@ -59,12 +68,10 @@ _PERPLEXITY_OPTIONS = ("seqlen", "max_windows")
     is_flag=True,
     help=f"--limit {TESTING_SAMPLES} and --max_windows {TESTING_SAMPLES} where they are not given.",
 )
-@click.option(
-    "--batch_size", type=click.IntRange(min=1), help="Windows or texts at once. Default: as memory allows."
-)
+@batch_size_option()
 @device_option()
 @click.option("--pretrained_dir", metavar="DIR", help="Where MODEL may be found by its name.")
-@click.option("--log_dir", metavar="DIR", help="Write a JSON log of the run into DIR.")
+@click.option("--log_dir", metavar="DIR", help=LOG_DIR_HELP)
 @click.option("--allow_leak", is_flag=True, help="Score a text that the model was calibrated on.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--verbose", is_flag=True, help="Progress bars, even if stderr is no terminal.")
@@ -89,12 +96,14 @@ def command(ctx: click.Context, model: str, as_json: bool, verbose: bool, **opti
     if not options["allow_leak"]:
         refuse_leak(calibration_source(loaded), texts)
     sizes = {name: options[name] for name in ("seqlen", "batch_size", "max_windows")}
-    runs = []
+    runs, store = [], None
     with TqdmProgress(verbose) as progress:
         scores = [score(loaded, text, progress, **sizes) for text in texts]
         if tasks is not None:
+            store = answer_store(loaded, options["log_dir"], options["max_length"], SEED)
             chosen = {name: options[name] for name in ("limit", "batch_size", "max_length")}
-            runs = score_tasks(loaded, tasks, progress, shots=[options["fewshot"]], seed=SEED, **chosen)
+            chosen.update(shots=[options["fewshot"]], seed=SEED, store=store)
+            runs = score_tasks(loaded, tasks, progress, **chosen)
     record = describe_run(loaded, dict(ctx.params))
     record["ppl"] = {s.text.name: s.result.perplexity for s in scores}
     record["scored"] = {s.text.name: s.to_dict() for s in scores}
@@ -110,6 +119,8 @@ def command(ctx: click.Context, model: str, as_json: bool, verbose: bool, **opti
     if options["log_dir"] is not None:
         name = model_name(source) if loaded.plan is not None else f"{model_name(source)}_fp16"
         say(f"Log: '{write_log(options['log_dir'], name, record)}'.")
+    if store is not None:
+        store.clear()
 
 
 def _check(ctx: click.Context, options: dict[str, Any]) -> None:

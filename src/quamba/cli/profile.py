@@ -20,6 +20,7 @@ from quamba.cli.flags import (
     quantize_flags,
     seed_option,
 )
+from quamba.cli.memory import check_prompt_memory
 from quamba.errors import QuambaError
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
     """
     flags = QuantizeFlags.take(options)
     _check_outputs(options)
+    check_prompt_memory(options["batch_size"], options["prompt_len"], "--prompt_len")
     # torch's profiler would otherwise print its own starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from quamba.api import load

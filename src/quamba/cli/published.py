@@ -8,7 +8,7 @@ import click
 
 from quamba.cli.console import Command, TqdmProgress, mib, say
 from quamba.cli.flags import QuantizeFlags, device_option, given_parameters, quantize_flags, seed_option
-from quamba.cli.task_scores import TESTING_SAMPLES, task_names
+from quamba.cli.task_scores import LOG_DIR_HELP, TESTING_SAMPLES, batch_size_option, task_names
 from quamba.errors import QuambaError
 
 _MODES = ("eval_zero_shot", "eval_few_shot", "eval_generation")
@@ -47,15 +47,13 @@ _TASK_OPTIONS = ("task_list", "fewshot", "task_dir", "max_length")
     type=click.IntRange(min=2),
     help="Tokens of a task's text that are read, the last ones. Default: 2048.",
 )
-@click.option(
-    "--batch_size", type=click.IntRange(min=1), help="Windows or texts at once. Default: as memory allows."
-)
+@batch_size_option()
 @click.option(
     "--testing",
     is_flag=True,
     help=f"Score at most {TESTING_SAMPLES} windows of a text and {TESTING_SAMPLES} samples of a task.",
 )
-@click.option("--log_dir", metavar="DIR", help="Write a JSON log of the run into DIR.")
+@click.option("--log_dir", metavar="DIR", help=LOG_DIR_HELP)
 @click.option("--allow_leak", is_flag=True, help="Score a text that the model was calibrated on.")
 @device_option()
 @seed_option()
@@ -81,7 +79,7 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
         score,
     )
     from quamba.cli.store import model_name
-    from quamba.cli.task_scores import add_to_record, print_task_scores, score_tasks
+    from quamba.cli.task_scores import add_to_record, answer_store, print_task_scores, score_tasks
 
     check_log_dir(options["log_dir"])
     texts = load_texts(options["ppl_dataset"]) if options["eval_ppl"] else []
@@ -106,8 +104,9 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
             scores.append(
                 score(got.model, text, progress, batch_size=options["batch_size"], max_windows=most)
             )
-        runs = []
+        runs, store = [], None
         if tasks is not None:
+            store = answer_store(got.model, options["log_dir"], options["max_length"], options["seed"])
             runs = score_tasks(
                 got.model,
                 tasks,
@@ -117,6 +116,7 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
                 batch_size=options["batch_size"],
                 max_length=options["max_length"],
                 seed=options["seed"],
+                store=store,
             )
     _print_model(got.model, got.fresh, got.seconds)
     if got.folder is not None:
@@ -138,6 +138,8 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
         add_to_record(record, runs)
         name = _log_name(model_name(model), flags, got.model.plan is not None)
         say(f"Log: '{write_log(options['log_dir'], name, record)}'.")
+    if store is not None:
+        store.clear()
 
 
 def _check(ctx: click.Context, flags: QuantizeFlags, options: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from quamba.checkpoints.tokenizer import Tokenizer
 from quamba.errors import QuambaError, missing_extra
+from quamba.evaluation.answers import AnswerStore
 from quamba.formats.activation import Activation, Quantized
 from quamba.models.lm import MambaLM
 from quamba.quantization.pipeline import Progress
-from quamba.runtime.generate import generate
+from quamba.runtime.generate import Run, generate
 from quamba.runtime.sampling import SamplingParams
 
 #: Tokens that are read at most: longer contexts lose their beginning, as in lm-eval's own models.
@@ -44,7 +46,7 @@ Pair = tuple[list[int], list[int]]
 class TaskModel:
     """What tasks ask of a model.
 
-    batch_size  texts at once; None: by their length
+    batch_size  texts at once; None: by their length, and fewer where a GPU's memory is too small
     max_length  tokens that are read at most; of longer texts the beginning is left out
     progress    told of every text that is done
     seed        of tasks that sample
@@ -110,13 +112,17 @@ class TaskModel:
         self._stage("Log-likelihoods", len(pairs))
         tokens = _BATCH_TOKENS if self.network.device.type == "cuda" else _CPU_READ_TOKENS
         inputs = sorted(asked, key=len, reverse=True)
-        for texts in self._batches(inputs, inputs, tokens):
+
+        def score(texts: list[tuple[int, ...]]) -> None:
             numbers = [asked[text] for text in texts]
             rows = [(row, pairs[i][1]) for row, indices in enumerate(numbers) for i in indices]
             scores = _score(self.network, texts, rows)
-            for i, score in zip((i for indices in numbers for i in indices), scores, strict=True):
-                results[i] = score
+            for i, result in zip((i for indices in numbers for i in indices), scores, strict=True):
+                results[i] = result
             self._step(len(rows))
+
+        for texts in self._batches(inputs, inputs, tokens):
+            self._as_memory_allows(score, texts)
         return results
 
     def rolling_log_likelihoods(self, texts: Sequence[str]) -> list[float]:
@@ -155,20 +161,25 @@ class TaskModel:
             new_tokens, stop, sampling = self._read_options(options)
             room = self._room(new_tokens)
             order = sorted(numbers, key=lambda i: len(contexts[i]), reverse=True)
-            for chosen in self._batches(order, [contexts[i][-room:] for i in order], _BATCH_TOKENS):
-                run = generate(
-                    self.network,
-                    self.tokenizer,
-                    [contexts[i][-room:] for i in chosen],
-                    max_new_tokens=new_tokens,
-                    sampling=sampling,
-                    seed=self.seed + batches,
-                    stop=stop,
-                )
+            asked = partial(
+                generate,
+                self.network,
+                self.tokenizer,
+                max_new_tokens=new_tokens,
+                sampling=sampling,
+                stop=stop,
+            )
+
+            def answer(chosen: list[int], asked: Callable[..., Run] = asked, room: int = room) -> None:
+                nonlocal batches
+                run = asked([contexts[i][-room:] for i in chosen], seed=self.seed + batches)
                 for i, generation in zip(chosen, run.collect(), strict=True):
                     results[i] = generation.text
                 batches += 1
                 self._step(len(chosen))
+
+            for chosen in self._batches(order, [contexts[i][-room:] for i in order], _BATCH_TOKENS):
+                self._as_memory_allows(answer, chosen)
         return results
 
     def _read_options(self, options: Mapping[str, Any]) -> tuple[int, list[str], SamplingParams]:
@@ -209,6 +220,19 @@ class TaskModel:
             yield items[start : start + size]
             start += size
 
+    def _as_memory_allows(self, run: Callable[[list[Any]], None], items: list[Any]) -> None:
+        """All items at once; in halves where a GPU has no room for them, unless the batch size is given."""
+        try:
+            run(items)
+            return
+        except torch.OutOfMemoryError:
+            if self.batch_size is not None or len(items) == 1:
+                raise
+        torch.cuda.empty_cache()
+        middle = len(items) // 2
+        for half in (items[:middle], items[middle:]):
+            self._as_memory_allows(run, half)
+
     def _stage(self, name: str, total: int) -> None:
         if self.progress is not None:
             self.progress.stage(name, total)
@@ -218,21 +242,83 @@ class TaskModel:
             self.progress.step(count)
 
 
-def lm_eval_model(model: TaskModel) -> Any:
-    """The instance of lm-eval's ``LM`` that answers its requests with ``model``."""
+def lm_eval_model(model: TaskModel, store: AnswerStore | None = None) -> Any:
+    """The instance of lm-eval's ``LM`` that answers its requests with ``model``, task by task.
+
+    store  where answers are kept as each task ends, and taken from
+    """
     base = import_lm_eval().api.model.LM
 
     class QuambaLM(base):  # type: ignore[valid-type, misc]
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            return model.log_likelihoods(model.encode_pairs([request.args for request in requests]))
+            def ask(asked: TaskModel, args: list[Any]) -> list[tuple[float, bool]]:
+                return asked.log_likelihoods(asked.encode_pairs(args))
+
+            return [
+                (value, greedy) for value, greedy in _by_task("log-likelihoods", ask, model, requests, store)
+            ]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            return model.rolling_log_likelihoods([request.args[0] for request in requests])
+            def ask(asked: TaskModel, args: list[Any]) -> list[float]:
+                return asked.rolling_log_likelihoods([text for (text,) in args])
+
+            return _by_task("texts", ask, model, requests, store)
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            return model.generate([request.args for request in requests])
+            return _by_task("generation", TaskModel.generate, model, requests, store)
 
     return QuambaLM()
+
+
+@dataclass
+class _OneBar:
+    """A bar that several calls share: only the first stage counts, which its maker announced."""
+
+    progress: Progress
+
+    def stage(self, name: str, total: int) -> None:
+        pass
+
+    def step(self, count: int = 1) -> None:
+        self.progress.step(count)
+
+
+def _by_task(
+    kind: str,
+    ask: Callable[[TaskModel, list[Any]], list[Any]],
+    model: TaskModel,
+    requests: Sequence[Any],
+    store: AnswerStore | None,
+) -> list[Any]:
+    """Answers in the order of the requests, from the store or the model; one bar for all that is left."""
+    tasks: defaultdict[str, list[int]] = defaultdict(list)
+    for i, request in enumerate(requests):
+        tasks[str(getattr(request, "task_name", None) or "")].append(i)
+    answers: list[Any] = [None] * len(requests)
+    left: dict[str, list[Any]] = {}
+    for task, numbers in tasks.items():
+        args = [tuple(requests[i].args) for i in numbers]
+        found = None if store is None else store.find(task, kind, args)
+        if found is None:
+            left[task] = args
+        else:
+            _spread(answers, numbers, found)
+    asked = model
+    if model.progress is not None and len(left) > 1:
+        total = sum(map(len, left.values()))
+        model.progress.stage(f"{kind.capitalize()} of {len(left)} tasks", total)
+        asked = replace(model, progress=_OneBar(model.progress))
+    for task, args in left.items():
+        new = ask(asked, args)
+        if store is not None:
+            store.keep(task, kind, args, new)
+        _spread(answers, tasks[task], new)
+    return answers
+
+
+def _spread(answers: list[Any], numbers: Sequence[int], new: Sequence[Any]) -> None:
+    for i, answer in zip(numbers, new, strict=True):
+        answers[i] = answer
 
 
 def import_lm_eval() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import io
 import logging
 import os
 import random
@@ -16,6 +17,7 @@ from typing import Any
 
 from quamba.calibration.reading import first_line, import_datasets, read_jsonl
 from quamba.errors import QuambaError, nearest
+from quamba.evaluation.answers import AnswerStore
 from quamba.evaluation.lm_eval_model import TaskModel, import_lm_eval, lm_eval_model
 
 OFFLINE_TASK = "lambada_local"
@@ -99,21 +101,27 @@ def load_tasks(names: Sequence[str], task_dir: str | Path | None = None, *, seed
 
 
 def run_tasks(
-    model: TaskModel, tasks: TaskSet, *, fewshot: int | None = None, limit: int | None = None
+    model: TaskModel,
+    tasks: TaskSet,
+    *,
+    fewshot: int | None = None,
+    limit: int | None = None,
+    store: AnswerStore | None = None,
 ) -> TaskResults:
     """Run tasks on a model, as often as one likes.
 
     fewshot  examples in each context; None: as each task says. A task that fixes 0 keeps it.
     limit    only the first so many samples of each task
+    store    where the answers of each task are kept as it ends, and taken from
     """
     for name, value, least in (("fewshot", fewshot, 0), ("limit", limit, 1)):
         if value is not None and (isinstance(value, bool) or value < least):
             raise QuambaError(f"The tasks' {name} is {value!r}, expected an integer of at least {least}.")
     started = time.perf_counter()
     _set_shots(tasks, fewshot, model)
-    with _quiet(), _seeded(model.seed):
+    with _quiet(bars=model.progress is not None), _seeded(model.seed):
         results = import_lm_eval().evaluator.evaluate(
-            lm=lm_eval_model(model),
+            lm=lm_eval_model(model, store),
             task_dict=tasks.loaded,
             limit=limit,
             bootstrap_iters=_BOOTSTRAP_DRAWS,
@@ -248,18 +256,24 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(bars: bool = True) -> Iterator[None]:
     """lm-eval prints to stdout, which belongs to results, warns of what it does by design, and forks workers.
 
-    Forked workers of a process that has threads, as torch does, can hang.
+    Forked workers of a process that has threads, as torch does, can hang. Its bars cannot be switched off:
+    without ``bars`` all that it prints is dropped.
     """
     logger, variable = logging.getLogger("lm_eval"), "DISABLE_MULTIPROC"
     level, before = logger.level, os.environ.get(variable)
     logger.setLevel(logging.ERROR)
     os.environ[variable] = "1"
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
+        if bars:
+            with contextlib.redirect_stdout(sys.stderr):
+                yield
+        else:
+            sink = io.StringIO()
+            with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+                yield
     finally:
         logger.setLevel(level)
         if before is None:
