@@ -13,6 +13,8 @@ _COMMANDS = {
     "generate": ("generate", "Continue a prompt."),
     "chat": ("chat", "Talk with a model that keeps its memory between turns."),
     "profile": ("profile", "Measure size and speed on this machine."),
+    "compare": ("compare", "Show runs of several models side by side."),
+    "analyze": ("analyze", "Show where a quantized model departs from its float model."),
     "inspect": ("inspect", "Show what is quantized how, without loading weights."),
     "convert": ("convert", "Write a published checkpoint in our format."),
     "export-zoo": ("export_zoo", "Write a quantized model in the published format."),
