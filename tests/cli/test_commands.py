@@ -144,7 +144,7 @@ def test_random_prompts_benchmark_and_graph_note(run: Run, here: Path) -> None:
     result = run(main, "generate", "mamba-tiny", *arguments, "--cache_graph", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "10 prompt tokens, 6 new tokens" in result.stderr
-    assert "2 runs of prompt and 6 new tokens on cpu: mean" in result.stdout
+    assert "\n2 runs after 1 untimed on cpu, each of 10 prompt tokens and 6 new ones:\n" in result.stdout
     assert "--cache_graph has no effect on a CPU." in result.stderr.splitlines()
 
 

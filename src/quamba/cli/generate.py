@@ -1,10 +1,8 @@
-"""``quamba generate`` and generate.py: continue a prompt."""
+"""``quamba generate`` and generate.py: continue prompts."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +17,33 @@ from quamba.cli.flags import (
     quantize_flags,
     seed_option,
 )
+from quamba.cli.generation import Results, Rows, benchmark, benchmark_table
+from quamba.cli.prompts import (
+    DEFAULT_PROMPT,
+    as_text,
+    check_prompt_flags,
+    random_ids,
+    read_texts,
+    require_reader,
+)
 from quamba.errors import QuambaError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from quamba.api import Model
+    from quamba.runtime.sampling import SamplingParams
 
-DEFAULT_PROMPT = "My cat wrote all this code in one night, and"
+# Rows at once where --batch_size does not say.
+_AT_ONCE = 8
 
 
 @click.command(cls=Command)
 @click.argument("model")
 @click.option("--prompt", metavar="TEXT", help=f'Text to continue. Default: "{DEFAULT_PROMPT}".')
+@click.option(
+    "--prompt_file",
+    metavar="FILE|-",
+    help="Continue every line of a text file, or of standard input (-); blank lines are passed over.",
+)
 @click.option(
     "--promptlen",
     type=click.IntRange(min=1),
@@ -40,9 +52,15 @@ DEFAULT_PROMPT = "My cat wrote all this code in one night, and"
 @click.option(
     "--batch_size",
     type=click.IntRange(min=1),
+    help="Continuations at once. Of --prompt_file so many lines (default: 8); else so many continuations of"
+    " the same text, or of different random tokens (default: 1).",
+)
+@click.option(
+    "--num_return",
+    type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Continuations at once, of the same text or of different random tokens.",
+    help="Continuations of each prompt; they differ with --topk other than 1.",
 )
 @click.option(
     "--genlen",
@@ -57,25 +75,37 @@ DEFAULT_PROMPT = "My cat wrote all this code in one night, and"
 @click.option("--topp", type=float, default=1.0, show_default=True, help="1 is off.")
 @click.option("--minp", type=float, default=0.0, show_default=True, help="0 is off.")
 @click.option("--repetition_penalty", type=float, default=1.0, show_default=True, help="1 is off.")
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="End a continuation before this text; may be given several times. A line break is $'\\n' in bash.",
+)
 @click.option("--streaming", is_flag=True, help="Print the text as it comes.")
 @graph_option()
-@click.option("--benchmark", is_flag=True, help="After that, time the same run --repeats times.")
+@click.option(
+    "--benchmark",
+    is_flag=True,
+    help="After that, time the same run --repeats times: prefill and decoding apart.",
+)
 @click.option(
     "--repeats", type=click.IntRange(min=1), default=100, show_default=True, help="For --benchmark."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON: texts, tokens, timings and --benchmark's numbers."
 )
 @quantize_flags
 @device_option()
 @seed_option()
 @click.option("--verbose", is_flag=True, help="Progress bars, even if stderr is no terminal.")
 def command(model: str, **options: Any) -> None:
-    """Continue a prompt with MODEL: a folder, a hub id, or a model stored under --pretrained_dir.
+    """Continue prompts with MODEL: a folder, a hub id, or a model stored under --pretrained_dir.
 
     The continuation is greedy unless --topk says otherwise. A float MODEL is quantized first with
     --quantize, and stored and used again as main.py does.
     """
     flags = QuantizeFlags.take(options)
-    if options["prompt"] is not None and options["promptlen"] is not None:
-        raise QuambaError("--prompt and --promptlen exclude each other: a text, or that many random tokens.")
+    _check(options)
     from quamba.cli.obtain import obtain
     from quamba.runtime.sampling import SamplingParams
 
@@ -86,6 +116,7 @@ def command(model: str, **options: Any) -> None:
         min_p=options["minp"],
         repetition_penalty=options["repetition_penalty"],
     )
+    texts = None if options["promptlen"] else read_texts(options["prompt"], options["prompt_file"])
     with TqdmProgress(options["verbose"]) as progress:
         got = obtain(
             model,
@@ -95,96 +126,115 @@ def command(model: str, **options: Any) -> None:
             seed=options["seed"],
             progress=progress,
         )
-    graph = graph_choice(options["cache_graph"], got.model.device)
-    prompts = _prompts(
-        got.model, options["prompt"], options["promptlen"], options["batch_size"], options["seed"]
-    )
+    rows = _rows(got.model, texts, sampling, options)
+    if options["streaming"]:
+        _stream(got.model, rows, options["stop"])
+        results = None
+    else:
+        results = rows.run()
+    measured = None
+    if results is not None and not options["as_json"]:
+        _print(got.model, rows, results)
+    if options["benchmark"]:
+        # On a GPU the second prompt of a length is when its graph is captured.
+        measured = benchmark(rows, options["repeats"], warmups=1 if got.model.device.type == "cuda" else 0)
+    if results is not None and options["as_json"]:
+        record = _record(got.model, rows, results, sampling, options)
+        click.echo(json.dumps({**record, "benchmark": measured}, indent=2))
+    elif measured is not None:
+        click.echo(
+            f"\n{measured['repeats']} runs after {measured['warmups']} untimed on {got.model.device}, "
+            f"each of {measured['prompt_tokens']} prompt tokens and {measured['new_tokens']} new ones:"
+        )
+        click.echo(benchmark_table(measured))
+
+
+def _check(options: dict[str, Any]) -> None:
+    """What can be refused from the flags alone."""
+    check_prompt_flags(options["prompt"], options["prompt_file"], options["promptlen"])
+    if options["streaming"] and options["as_json"]:
+        raise QuambaError("--streaming and --json exclude each other, expected one of them.")
+    if "" in options["stop"]:
+        raise QuambaError("--stop is empty, expected some text.")
+    if options["num_return"] > 1 and (options["topk"] == 1 or options["temperature"] == 0):
+        say("The choice is greedy, so all continuations of a prompt are the same; --topk 0 draws them.")
+
+
+def _rows(model: Model, texts: list[str] | None, sampling: SamplingParams, options: dict[str, Any]) -> Rows:
+    """Every continuation that is asked for."""
+    batch = options["batch_size"] or 1
+    prompts: list[Any]
+    if texts is None:
+        prompts = random_ids(model, batch, options["promptlen"], options["seed"])
+    else:
+        require_reader(model)
+        prompts = texts if options["prompt_file"] is not None else texts * batch
+    prompts = [prompt for prompt in prompts for _ in range(options["num_return"])]
+    if options["streaming"] and len(prompts) != 1:
+        raise QuambaError(
+            f"--streaming prints one continuation, not {len(prompts)}; use --batch_size 1, --num_return 1 "
+            "and one prompt."
+        )
     generate = partial(
-        got.model.generate,
-        prompts,
+        model.generate,
         max_new_tokens=options["genlen"],
         sampling=sampling,
-        seed=options["seed"],
-        cuda_graph=graph,
+        stop=options["stop"],
+        cuda_graph=graph_choice(options["cache_graph"], model.device),
     )
-    if options["streaming"]:
-        _stream(got.model, prompts, generate)
-    else:
-        _print(got.model, prompts, generate)
-    if options["benchmark"]:
-        _benchmark(got.model, generate, options["repeats"])
+    return Rows(prompts, options["batch_size"] or _AT_ONCE, options["seed"], generate)
 
 
-def _prompts(
-    model: Model, prompt: str | None, random_length: int | None, batch: int, seed: int
-) -> list[str] | Tensor:
-    """The text, or random ids (batch, random_length) int64 of the model's vocabulary."""
-    if random_length is None:
-        if model.tokenizer is None:
-            raise QuambaError(
-                f"'{model.source}' has no tokenizer to read a prompt with, expected --promptlen N or a "
-                "tokenizer.json in its folder."
-            )
-        return [DEFAULT_PROMPT if prompt is None else prompt] * batch
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (batch, random_length), generator=generator)
-
-
-def _print(model: Model, prompts: list[str] | Tensor, generate: Callable[..., Any]) -> None:
-    generations = generate()
-    for i, generation in enumerate(generations):
+def _print(model: Model, rows: Rows, results: Results) -> None:
+    for i, (prompt, generation) in enumerate(zip(rows.prompts, results.generations, strict=True)):
         if i:
             click.echo()
-        click.echo(_opening(model, prompts, i) + (generation.text or _numbers(model, generation.ids)))
-    first = generations[0]
-    seconds = first.prefill_seconds + first.decode_seconds
+        click.echo(as_text(model, prompt) + (generation.text or _numbers(model, generation.ids)))
+    timings = results.timings
     say(
-        f"{sum(len(g.prompt_ids) for g in generations)} prompt tokens, {first.tokens} new tokens in "
-        f"{seconds:.2f} s ({first.tokens / seconds:.1f} tokens/s)."
+        f"{timings.prompt_tokens} prompt tokens, {timings.new_tokens} new tokens in "
+        f"{timings.seconds:.2f} s ({timings.new_tokens / timings.seconds:.1f} tokens/s)."
     )
 
 
-def _stream(model: Model, prompts: list[str] | Tensor, generate: Callable[..., Any]) -> None:
+def _stream(model: Model, rows: Rows, stop: tuple[str, ...]) -> None:
     from quamba.runtime.stream_text import stream_text
 
-    if len(prompts) != 1:
-        raise QuambaError(f"--streaming prints one continuation, not {len(prompts)}; use --batch_size 1.")
-    steps = generate(stream=True)
-    click.echo(_opening(model, prompts, 0), nl=False)
+    prompt = rows.prompts[0]
+    steps: Any = rows.generate([prompt], seed=rows.seed, stream=True)
+    click.echo(as_text(model, prompt), nl=False)
     if model.tokenizer is None:
         click.echo(" ".join(str(int(ids[0])) for ids in steps))
         return
-    prompt = prompts[0]
-    context = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt.tolist()
-    for piece in stream_text(steps, model.tokenizer, context=context):
+    context = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    for piece in stream_text(steps, model.tokenizer, stop, context=context):
         click.echo(piece, nl=False)
     click.echo()
 
 
-def _benchmark(model: Model, generate: Callable[..., Any], repeats: int) -> None:
-    times_ms, tokens = [], 0
-    if model.device.type == "cuda":
-        generate()  # the second prompt of a length is when its graph is captured
-    for _ in range(repeats):
-        start = time.perf_counter()
-        tokens = generate()[0].tokens
-        times_ms.append(1e3 * (time.perf_counter() - start))
-    mean_ms = statistics.fmean(times_ms)
-    click.echo(
-        f"{repeats} runs of prompt and {tokens} new tokens on {model.device}: mean {mean_ms:.1f} ms, "
-        f"median {statistics.median(times_ms):.1f} ms, {1e3 * tokens / mean_ms:.1f} tokens/s."
-    )
+def _record(
+    model: Model, rows: Rows, results: Results, sampling: SamplingParams, options: dict[str, Any]
+) -> dict[str, Any]:
+    from dataclasses import asdict
 
-
-def _opening(model: Model, prompts: list[str] | Tensor, i: int) -> str:
-    """The prompt as text, so that what is printed reads on."""
-    if isinstance(prompts, list):
-        return prompts[i]
-    if model.tokenizer is not None:
-        return model.tokenizer.decode(prompts[i].tolist())
-    return _numbers(model, prompts[i].tolist()) + " "
+    return {
+        "model": model.source,
+        "recipe": None if model.recipe is None else model.recipe.name,
+        "device": str(model.device),
+        "seed": options["seed"],
+        "sampling": asdict(sampling),
+        "generations": [
+            {
+                "prompt": prompt if isinstance(prompt, str) else None,
+                "prompt_ids": generation.prompt_ids,
+                "text": generation.text,
+                "ids": generation.ids,
+                "finished": generation.finished,
+            }
+            for prompt, generation in zip(rows.prompts, results.generations, strict=True)
+        ],
+        "timings": results.timings.to_dict(),
+    }
 
 
 def _numbers(model: Model, ids: list[int]) -> str:
