@@ -63,6 +63,20 @@ QB_INLINE vf splat(float x) { return x - vf{}; }
 QB_INLINE vi spliti(int32_t x) { return x - vi{}; }
 QB_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 QB_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+QB_INLINE vf vabs(vf v) { return (vf)((vi)v & 0x7fffffff); }
+
+/// The first count values, then zeros; as many as a vector has if count is larger.
+QB_INLINE vf load_upto(const float *p, int64_t count) {
+    if (count >= kFloats) return loadf(p);
+    float values[kFloats] = {};
+    __builtin_memcpy(values, p, 4 * count);
+    return loadf(values);
+}
+QB_INLINE void store_upto(float *p, vf v, int64_t count) {
+    __builtin_memcpy(p, &v, 4 * least(count, (int64_t)kFloats));
+}
+/// count rounded up to whole vectors.
+QB_INLINE int64_t padded(int64_t count) { return (count + kFloats - 1) / kFloats * kFloats; }
 
 QB_INLINE vi lanes() {
     vi v;
@@ -319,21 +333,36 @@ static inline void read_row(float *out, const QbTensor &t, int64_t batch, int64_
 
 /// Codes of x / scale; both full vectors.
 QB_INLINE vi codes_of(vf x, vf scale, int rounding, int overflow) {
-    vf q = x / scale;
-    if (overflow == QB_SATURATE) {
-        q = vmin(vmax(q, splat(-128.0f)), splat(127.0f));
+    const vf exact = x / scale;
+    // To wrap is to keep the low eight bits. Beyond int32, numbers count as its largest and smallest.
+    const bool saturate = overflow == QB_SATURATE;
+    const vf low = splat(saturate ? -128.0f : -2147483648.0f), high = splat(saturate ? 127.0f : 2147483520.0f);
+    const vf q = vmin(vmax(exact, low), high);
+    vi code;
+    if (rounding == QB_HALF_EVEN) {
+        code = round_even(q);
     } else {
-        // The low eight bits: whole numbers of float32 beyond 2^31 are clamped, as the reference does.
-        q = vmin(vmax(q, splat(-2147483648.0f)), splat(2147483520.0f));
+        const vf whole = to_float(__builtin_convertvector(q, vi));
+        const vf rest = q - whole;
+        const vf up = whole + (q < 0.0f ? splat(-1.0f) : splat(1.0f));
+        const vf away = (rest >= 0.5f) | (rest <= -0.5f) ? up : whole;
+        code = __builtin_convertvector(vmin(vmax(away, low), high), vi);
     }
-    if (rounding == QB_HALF_EVEN) return round_even(q);
-    const vf whole = to_float(__builtin_convertvector(q, vi));
-    const vf rest = q - whole;
-    const vf up = whole + (q < 0.0f ? splat(-1.0f) : splat(1.0f));
-    const vf away = (rest >= 0.5f) | (rest <= -0.5f) ? up : whole;
-    return __builtin_convertvector(vmin(vmax(away, overflow == QB_SATURATE ? splat(-128.0f) : splat(-2147483648.0f)),
-                                        overflow == QB_SATURATE ? splat(127.0f) : splat(2147483520.0f)),
-                                   vi);
+    return saturate ? code : exact >= 2147483648.0f ? spliti(-1) : code;
+}
+
+/// Values, whole vectors of them, as a tensor of this dtype would keep them; int8 is not meant.
+static inline void round_to(int32_t dtype, float *values, int64_t count) {
+    uint16_t half[kFloats];
+    for (int64_t i = 0; i < count && dtype != QB_F32; i += kFloats) {
+        if (dtype == QB_BF16) {
+            to_bf16(half, loadf(values + i));
+            store(values + i, from_bf16(half));
+        } else {
+            to_f16(half, loadf(values + i));
+            store(values + i, from_f16(half));
+        }
+    }
 }
 
 /// Writes count values to channels from first on of one token, in the format of t.

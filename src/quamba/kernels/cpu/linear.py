@@ -1,0 +1,82 @@
+"""Matrix products with quantized weights: ``kernels/reference/linear.py``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quamba.formats.activation import Activation, Quantized
+from quamba.formats.weight import QuantizedWeight
+from quamba.kernels.cpu import abi, library
+from quamba.kernels.reference.linear import linear as reference
+
+#: Columns of a block of the kernels for 4 bits, on the widest vectors.
+_BLOCK = 128
+
+
+def linear(
+    x: Activation,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    out_scale: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    input_scale_folded: bool = False,
+) -> Tensor:
+    """As the reference. With float x and quantized weights, each 128 columns of a row of x become integers of 15
+    bits (their largest is +-16,256) and are summed as integers; x of float64 goes to the reference.
+
+    Float weights are PyTorch's, whose libraries are hard to beat at that.
+    """
+    if not isinstance(weight, QuantizedWeight) or not _has_kernel(x, weight, out_dtype):
+        return reference(
+            x,
+            weight,
+            bias,
+            out_scale=out_scale,
+            out_dtype=out_dtype,
+            input_scale_folded=input_scale_folded,
+        )
+    if isinstance(x, Quantized) and not input_scale_folded and x.scale.ndim:
+        raise ValueError("a per-channel input scale must be folded into the weight's columns")
+    rows = abi.as_rows(x)
+    codes = rows.codes if isinstance(rows, Quantized) else rows
+    dtype = out_dtype if out_scale is None else torch.int8
+    y = torch.empty(codes.shape[0], weight.shape[0], dtype=dtype)
+    bias = abi.float32(bias)
+    library.run(describe(rows, weight, bias, abi.tensor(y, out_scale), input_scale_folded))
+    shape = x.codes.shape if isinstance(x, Quantized) else x.shape
+    return y.view(*shape[:-1], weight.shape[0])
+
+
+def describe(
+    x: Activation, weight: QuantizedWeight, bias: Tensor | None, y: abi.Tensor, input_scale_folded: bool
+) -> abi.Linear:
+    """x (rows, columns); bias float32. The struct points into all of them."""
+    codes = x.codes if isinstance(x, Quantized) else x
+    x_scale = x.scale if isinstance(x, Quantized) and not input_scale_folded else None
+    return abi.Linear(
+        x=abi.tensor(codes),
+        y=y,
+        rows=codes.shape[0],
+        columns=weight.shape[1],
+        outputs=weight.shape[0],
+        groups=weight.scale.shape[1],
+        scale_rows=weight.scale.shape[0],
+        weight=weight.data.data_ptr(),
+        scale=weight.scale.data_ptr(),
+        channel_scale=abi.pointer(weight.channel_scale),
+        bias=abi.pointer(bias),
+        x_scale=abi.pointer(x_scale),
+        bits=weight.format.bits,
+        scale_dtype=abi.dtype_code(weight.scale.dtype),
+    )
+
+
+def _has_kernel(x: Activation, weight: QuantizedWeight, out_dtype: torch.dtype) -> bool:
+    group = weight.shape[1] // weight.scale.shape[1]
+    if weight.format.bits == 4 and group % 2:
+        return False
+    if weight.channel_scale is not None and weight.scale.shape[1] > 1 and group % _BLOCK:
+        return False
+    return abi.supported(x) and out_dtype != torch.float64
