@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -72,17 +72,35 @@ class _Current:
 def _hooks(model: MambaLM, watches: list[Watch]) -> Iterator[_Current]:
     current = _Current()
 
-    def watcher(watch: Watch) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: object, output: object) -> None:
+    def watcher(watches: list[Watch]) -> Callable[[object], None]:
+        def watch_all(output: object) -> None:
             x = output[0] if isinstance(output, tuple) else output
             assert isinstance(x, Tensor), "observers watch float models"
-            watch.observer.update(x[..., watch.channels], current.mask)
+            for watch in watches:
+                watch.observer.update(x[..., watch.channels], current.mask)
 
-        return hook
+        return watch_all
 
-    handles = [model.get_submodule(w.path).register_forward_hook(watcher(w)) for w in watches]
-    try:
+    by_path: dict[str, list[Watch]] = {}
+    for watch in watches:
+        by_path.setdefault(watch.path, []).append(watch)
+    with listening(model, {path: watcher(group) for path, group in by_path.items()}):
         yield current
+
+
+@contextmanager
+def listening(model: MambaLM, listeners: Mapping[str, Callable[[object], None]]) -> Iterator[None]:
+    """Tell each listener every output of the leaf at its path, in any precision, as the leaf gives it."""
+
+    def hook(listener: Callable[[object], None]) -> Callable[..., None]:
+        return lambda module, args, output: listener(output)
+
+    handles = [
+        model.get_submodule(path).register_forward_hook(hook(listener))
+        for path, listener in listeners.items()
+    ]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
