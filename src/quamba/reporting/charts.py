@@ -125,7 +125,7 @@ def draw(drawn: Sequence[Panel], path: str | Path, title: str = "") -> Path:
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(lines), columns, height_ratios=heights)
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(_literal(title), fontsize=11)
     for i, line in enumerate(lines):
         for j, panel in enumerate(line):
             _draw_panel(figure.add_subplot(grid[i, j]), panel, labels[i][j])
@@ -173,10 +173,17 @@ def _draw_panel(axis: Any, panel: Panel, labels: bool) -> None:
     longest = max(len(bar.text) for bar in panel.bars)
     axis.set_xlim(0, most * (1.05 + 0.026 * longest))
     axis.set_ylim(len(panel.bars) - 0.4, -0.6)
-    axis.set_yticks(list(places), [textwrap.shorten(b.label, _LABEL, placeholder="…") for b in panel.bars])
+    axis.set_yticks(
+        list(places), [_literal(textwrap.shorten(b.label, _LABEL, placeholder="…")) for b in panel.bars]
+    )
     axis.tick_params(axis="y", length=0, labelsize=8, labelleft=labels)
     axis.tick_params(axis="x", labelsize=7)
     axis.locator_params(axis="x", nbins=5)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title("\n".join(textwrap.wrap(panel.title, 46)), fontsize=9, loc="left")
+    axis.set_title(_literal("\n".join(textwrap.wrap(panel.title, 46))), fontsize=9, loc="left")
     axis.set_xlabel(panel.better, fontsize=7, color="#555555")
+
+
+def _literal(text: str) -> str:
+    """Dollar signs would be read as formulas."""
+    return text.replace("$", r"\$")

@@ -12,8 +12,8 @@ from typing import Any
 from quamba.errors import QuambaError
 from quamba.reporting.measures import GROUPS, Comparison, Metric, Row, Run, Value
 
-#: Numbers nearer than this share are one measurement, stored with different digits.
-_SAME = 1e-3
+#: Logs round sizes to this many MiB.
+_ROUNDED = 1e-3
 _MOST_DIFFERENCES = 3
 
 
@@ -92,8 +92,8 @@ def _values(group: Sequence[Run]) -> dict[Metric, list[Value]]:
 
 
 def _same(metric: Metric, a: Value, b: Value) -> bool:
-    close = _SAME if metric.group == "size" else 1e-9
-    return a.number == b.number or math.isclose(a.number, b.number, rel_tol=close)
+    rounded = _ROUNDED if metric.group == "size" else 0.0
+    return a.number == b.number or math.isclose(a.number, b.number, rel_tol=1e-9, abs_tol=rounded)
 
 
 def _model_names(places: Sequence[str]) -> dict[str, str]:
@@ -126,11 +126,12 @@ def _labels(members: Sequence[Sequence[Run]], models: Mapping[str, str]) -> list
 
 
 def _differences(run: Run, alike: Sequence[Run]) -> str:
-    """``num 16, solver.kind gptq``: the leaves in which this run is not as all others."""
+    """``num 16, solver.kind gptq``: what is not the same for all; its file where a run does not say."""
     if not run.complete:
         return PurePath(run.file).stem
-    leaves = [_leaves({**(other.recipe or {}), "calibration": other.calibration}) for other in alike]
-    own = leaves[next(i for i, other in enumerate(alike) if other is run)]
+    known = [other for other in alike if other.complete]
+    leaves = [_leaves({**(other.recipe or {}), "calibration": other.calibration}) for other in known]
+    own = leaves[next(i for i, other in enumerate(known) if other is run)]
     told = [
         f"{name.removeprefix('calibration.')} {_plain(value)}"
         for name, value in own.items()

@@ -32,9 +32,10 @@ td { white-space: nowrap; }
 thead th { background: var(--band); vertical-align: bottom; font-weight: 600; }
 tbody tr:last-child > * { border-bottom: 0; }
 th:first-child, td:first-child, .left { text-align: left; }
-tbody th { font-weight: 500; min-width: 8rem; position: sticky; left: 0; background: var(--paper);
+tbody th { font-weight: 500; min-width: 15rem; position: sticky; left: 0; background: var(--paper);
   overflow-wrap: anywhere; }
 td small { display: block; } tr.published > * { font-style: italic; }
+tr.first > * { border-top: 2px solid var(--line); }
 thead button { all: unset; cursor: pointer; } thead button:focus-visible { outline: 2px solid; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
 th[aria-sort=descending] button::after { content: " \\25BC"; }
@@ -126,14 +127,17 @@ def comparison_table(comparison: Comparison, metrics: Sequence[Metric]) -> str:
     """Rows without any of the metrics are left out."""
     heads = "".join(f'<th scope="col">{escape(comparison.heading(metric))}</th>' for metric in metrics)
     rows = [row for row in comparison.rows if any(metric in row.values for metric in metrics)]
-    lines = "\n".join(_table_row(comparison, row, metrics) for row in rows)
+    firsts = [i == 0 or rows[i - 1].model != row.model for i, row in enumerate(rows)]
+    lines = "\n".join(
+        _table_row(comparison, row, metrics, first) for row, first in zip(rows, firsts, strict=True)
+    )
     return (
         '<div class="scroll"><table class="sortable">\n'
         f'<thead><tr><th scope="col">model</th>{heads}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>'
     )
 
 
-def _table_row(comparison: Comparison, row: Row, metrics: Sequence[Metric]) -> str:
+def _table_row(comparison: Comparison, row: Row, metrics: Sequence[Metric], first: bool) -> str:
     cells = [f'<th scope="row" data-v="{escape(row.label)}">{escape(row.label)}</th>']
     for metric in metrics:
         value = row.shown(metric)

@@ -63,13 +63,13 @@ def published_numbers() -> tuple[Published, ...]:
                         paper=data["papers"][table["paper"]]["name"],
                         precision=precision,
                         column=column,
-                        value=value / table.get("divide", 1),
+                        value=round(value / table.get("divide", 1), 6),
                         shots=table.get("shots"),
                         samples=data["tasks"].get(column.split()[0], {"samples": 0})["samples"],
                         setting=tuple(
                             (name, str(table[name]))
                             for name in ("batch_size", "prompt_len", "hardware")
-                            if name in table
+                            if name in table and (name, column) != ("prompt_len", "TPOT")
                         ),
                         source=_source(data["papers"][table["paper"]], table),
                     )

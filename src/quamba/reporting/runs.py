@@ -17,6 +17,7 @@ from quamba.reporting.measures import Metric, Run, Setting, Value
 _WRITERS = "'quamba evaluate', 'main.py' or 'quamba profile' (--log_dir or --json)"
 #: What --testing stands for, and the tokens of a task's text that are read without --max_length.
 _TESTING_SAMPLES, _MAX_LENGTH = 100, 2048
+_LARGEST = 1e300
 _PERPLEXITIES = re.compile(r"perplexity|bits_per_byte|ppl", re.IGNORECASE)
 _KINDS: dict[type[Any], str] = {dict: "an object", list: "a list", str: "a text"}
 _SPEED = {"ttft": "TTFT", "tpot": "TPOT", "ttlt": "TTLT"}
@@ -113,8 +114,8 @@ class _Fields:
         """Infinity and NaN are texts in JSON."""
         value = self.fields.get(name)
         if value in ("inf", "-inf", "nan"):
-            return float(str(value))
-        if not isinstance(value, int | float) or isinstance(value, bool):
+            return float(value)
+        if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > _LARGEST:
             raise self.wrong(name, value, "a number")
         return float(value)
 
@@ -154,7 +155,7 @@ def _evaluated(record: _Fields) -> Run:
         recipe=recipe,
         calibration=record.take("calibration", dict, default={}),
         config=model.take("config", dict, default={}),
-        complete=stated,
+        complete=stated and (recipe is None or "calibration" in record.fields),
         values=values,
         facts={
             "device": model.take("device", str, default="not stated"),
@@ -290,12 +291,13 @@ def _profiled(record: _Fields) -> dict[Metric, Value]:
         times = Metric("speed", name, "ms", "lower", setting)
         low, high = found.optional("p5_ms"), found.optional("p95_ms")
         _add(values, times, found.number("median_ms"), record, low=low, high=high)
-        if mode == "tpot":
-            rate = Metric("speed", "decode", "tokens/s", "higher", setting)
-            _add(values, rate, found.number("tokens_per_s"), record)
-            if found.fields.get("mj_per_token") is not None:
-                energy = Metric("speed", "decode energy", "mJ/token", "lower", setting)
-                _add(values, energy, found.number("mj_per_token"), record)
+    if "tpot" in record.take("latency", dict):
+        found, setting = record.inner("latency").inner("tpot"), _speed_setting(record, "tpot")
+        rate = Metric("speed", "decode", "tokens/s", "higher", setting)
+        _add(values, rate, found.number("tokens_per_s"), record)
+        if found.fields.get("mj_per_token") is not None:
+            energy = Metric("speed", "decode energy", "mJ/token", "lower", setting)
+            _add(values, energy, found.number("mj_per_token"), record)
     return values
 
 
