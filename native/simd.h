@@ -84,6 +84,18 @@ QB_INLINE vi lanes() {
     return v;
 }
 
+/// v[i ^ kStep] in lane i.
+template <int kStep>
+QB_INLINE vf swap_lanes(vf v) {
+#if defined(__clang__)
+    vf r;
+    for (int i = 0; i < kFloats; ++i) r[i] = v[i ^ kStep];
+    return r;
+#else
+    return __builtin_shuffle(v, lanes() ^ kStep);
+#endif
+}
+
 QB_INLINE float sum(vf v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)v);

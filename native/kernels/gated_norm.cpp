@@ -1,7 +1,164 @@
+// Mamba2's gated norm and the Hadamard rotation after it; either alone, too.
 #include "simd.h"
 
 namespace QB_ISA {
 
-void gated_norm(const void *) { __builtin_trap(); }
+constexpr int kVectors = kFloats == 8 ? 8 : 16;  // of a row, in registers at a time
+
+/// Sylvester's matrix of kFloats times the lanes of v.
+template <int kStep = 1>
+QB_INLINE vf rotate_lanes(vf v) {
+    if constexpr (kStep < kFloats) {
+        const vf sign = (lanes() & kStep) ? splat(-1.0f) : splat(1.0f);
+        return rotate_lanes<2 * kStep>(swap_lanes<kStep>(v) + v * sign);
+    } else {
+        return v;
+    }
+}
+
+/// Butterflies between kCount vectors, each `stride` vectors after the one before, in all of `vectors`.
+template <int kCount, bool kLanes>
+static void butterflies(float *v, int64_t vectors, int64_t stride) {
+    for (int64_t base = 0; base < vectors; base += kCount * stride)
+        for (int64_t first = base; first < base + stride; ++first) {
+            float *p = v + kFloats * first;
+            vf r[kCount];
+            for (int i = 0; i < kCount; ++i) {
+                r[i] = loadf(p + kFloats * stride * i);
+                if (kLanes) r[i] = rotate_lanes(r[i]);
+            }
+            for (int step = 1; step < kCount; step *= 2)
+                for (int i = 0; i < kCount; ++i)
+                    if (!(i & step)) {
+                        const vf a = r[i], b = r[i + step];
+                        r[i] = a + b;
+                        r[i + step] = a - b;
+                    }
+            for (int i = 0; i < kCount; ++i) store(p + kFloats * stride * i, r[i]);
+        }
+}
+
+template <bool kLanes>
+static int64_t butterflies_of(float *v, int64_t vectors, int64_t stride) {
+    const int64_t left = vectors / stride;
+    if (kVectors == 16 && left >= 16) return butterflies<16, kLanes>(v, vectors, stride), 16;
+    if (left >= 8) return butterflies<8, kLanes>(v, vectors, stride), 8;
+    if (left >= 4) return butterflies<4, kLanes>(v, vectors, stride), 4;
+    if (left >= 2) return butterflies<2, kLanes>(v, vectors, stride), 2;
+    return butterflies<1, kLanes>(v, vectors, stride), 1;
+}
+
+/// Sylvester's matrix of `size`, a power of two, times v.
+static void sylvester(float *v, int64_t size) {
+    if (size < kFloats) {
+        for (int64_t step = 1; step < size; step *= 2)
+            for (int64_t i = 0; i < size; ++i)
+                if (!(i & step)) {
+                    const float a = v[i], b = v[i + step];
+                    v[i] = a + b;
+                    v[i + step] = a - b;
+                }
+        return;
+    }
+    const int64_t vectors = size / kFloats;
+    int64_t stride = butterflies_of<true>(v, vectors, 1);
+    while (stride < vectors) stride *= butterflies_of<false>(v, vectors, stride);
+}
+
+/// out[i, c] = sum over j of signs[i, j] * v[j, c], for columns [first, first + kWide vectors) of rows of `size`.
+template <int kWide>
+static void paley_columns(const QbGatedNorm &a, const float *v, float *out, int64_t size, int64_t first) {
+    const int64_t m = a.paley_order;
+    const int64_t across = a.rotate == 2 ? 1 : m, along = a.rotate == 2 ? m : 1;
+    for (int64_t i = 0; i < m; i += 4) {
+        vf total[4][kWide] = {};
+        for (int64_t j = 0; j < m; ++j) {
+            const float *sign = a.paley + i * across + j * along;
+            for (int w = 0; w < kWide; ++w) {
+                const vf x = loadf(v + j * size + first + kFloats * w);
+                for (int r = 0; r < 4; ++r) total[r][w] += sign[r * across] * x;
+            }
+        }
+        for (int r = 0; r < 4; ++r)
+            for (int w = 0; w < kWide; ++w) store(out + (i + r) * size + first + kFloats * w, total[r][w]);
+    }
+}
+
+static void paley(const QbGatedNorm &a, const float *v, float *out, int64_t size) {
+    const int64_t m = a.paley_order;
+    int64_t c = 0;
+    for (; c + 4 * kFloats <= size; c += 4 * kFloats) paley_columns<4>(a, v, out, size, c);
+    for (; c + kFloats <= size; c += kFloats) paley_columns<1>(a, v, out, size, c);
+    for (; c < size; ++c)  // rows shorter than a vector
+        for (int64_t i = 0; i < m; ++i) {
+            float total = 0.0f;
+            for (int64_t j = 0; j < m; ++j)
+                total += (a.rotate == 2 ? a.paley[j * m + i] : a.paley[i * m + j]) * v[j * size + c];
+            out[i * size + c] = total;
+        }
+}
+
+/// The rotation of v; where it lies afterwards, v or other.
+static float *rotate(const QbGatedNorm &a, float *v, float *other) {
+    const int64_t m = a.paley_order, size = a.columns / m;
+    for (int64_t i = 0; i < m; ++i) sylvester(v + i * size, size);
+    float *from = v;
+    if (m > 1) {
+        paley(a, v, other, size);
+        from = other;
+    }
+    const float scale = (float)(1.0 / __builtin_sqrt((double)a.columns));
+    for (int64_t i = 0; i < padded(a.columns); i += kFloats) store(from + i, loadf(from + i) * scale);
+    return from;
+}
+
+/// v / sqrt(mean(v^2) + eps) * weight, in place.
+static void normalise(float *v, const float *weight, int64_t count, float eps) {
+    vf squares = {};
+    for (int64_t i = 0; i < count; i += kFloats) {
+        const vf x = load_upto(v + i, count - i);
+        squares += x * x;
+    }
+    const float factor = 1.0f / __builtin_sqrtf(sum(squares) / (float)count + eps);
+    for (int64_t i = 0; i < count; i += kFloats) {
+        vf x = load_upto(v + i, count - i) * factor;
+        if (weight) x *= load_upto(weight + i, count - i);
+        store_upto(v + i, x, count - i);
+    }
+}
+
+static void gate_and_norm(const QbGatedNorm &a, int64_t row, float *v, float *gate) {
+    const int64_t n = a.columns, whole = padded(n);
+    read_row(gate, a.z, 0, row, 0, n);
+    for (int64_t i = 0; i < whole; i += kFloats) {
+        const vf g = vsilu(loadf(gate + i));
+        if (a.norm_before_gate)
+            store(gate + i, g);
+        else
+            store(v + i, loadf(v + i) * g);
+    }
+    for (int64_t g = 0; g < n; g += a.group_size)
+        normalise(v + g, a.weight ? a.weight + g : nullptr, a.group_size, a.eps);
+    if (a.norm_before_gate)
+        for (int64_t i = 0; i < whole; i += kFloats) store(v + i, loadf(v + i) * loadf(gate + i));
+}
+
+void gated_norm(const void *args) {
+    const QbGatedNorm &a = *(const QbGatedNorm *)args;
+    const int64_t n = a.columns, whole = padded(n);
+    const int64_t together = part_size(a.rows, 1 + 8192 / n, 1);
+    each((a.rows + together - 1) / together, [&](int64_t part) {
+        float *v = (float *)quamba::scratch(0, 4 * whole);
+        float *other = (float *)quamba::scratch(1, 4 * whole);
+        for (int64_t i = n; i < whole; ++i) v[i] = other[i] = 0.0f;
+        const int64_t end = least((part + 1) * together, a.rows);
+        for (int64_t row = part * together; row < end; ++row) {
+            read_row(v, a.y, 0, row, 0, n);
+            if (a.z.data) gate_and_norm(a, row, v, other);
+            const float *result = a.rotate ? rotate(a, v, other) : v;
+            write_row(a.out, 0, row, 0, n, result, a.rounding, a.overflow);
+        }
+    });
+}
 
 }  // namespace QB_ISA

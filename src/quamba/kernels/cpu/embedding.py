@@ -13,7 +13,7 @@ from quamba.kernels.reference import embedding as reference
 def embedding(
     ids: Tensor, weight: Tensor | QuantizedWeight, *, out_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """``reference.embedding.embedding``, which itself serves float64. IndexError for an id outside the table."""
+    """``reference.embedding.embedding``, which serves float64. IndexError for an id outside the table."""
     table = weight.data if isinstance(weight, QuantizedWeight) else weight
     if torch.float64 in (table.dtype, out_dtype):
         return reference.embedding(ids, weight, out_dtype=out_dtype)
@@ -33,6 +33,7 @@ def embedding(
 def embedding_op(ids: Tensor, weight: Tensor | QuantizedWeight, y: Tensor) -> abi.Embedding:
     """ids contiguous int64, y (ids, D); a table is contiguous and not of granularity "two_level"."""
     columns = weight.shape[1]
+    bits: int
     if isinstance(weight, QuantizedWeight):
         if weight.channel_scale is not None:
             raise ValueError("weight is of granularity 'two_level', expected one level of scales.")
