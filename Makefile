@@ -17,6 +17,8 @@ PYTHON_STAMP := $(VENV)/.python
 TORCH_STAMP := $(VENV)/.torch
 DEMO_STAMP := $(VENV)/.quamba
 TEST_STAMP := $(VENV)/.quamba-test
+# The CPU kernels are compiled when the package is installed.
+NATIVE := native/CMakeLists.txt $(wildcard native/*.h native/*.cpp native/kernels/*.cpp)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -62,7 +64,8 @@ bench: $(DEMO_STAMP)
 	done
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache src/quamba/kernels/cpu/_quamba_cpu.so
+	rm -f $(DEMO_STAMP) $(TEST_STAMP)
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
@@ -90,12 +93,12 @@ $(TORCH_STAMP): $(PYTHON_STAMP)
 	fi
 	@touch $@
 
-$(DEMO_STAMP): $(TORCH_STAMP) pyproject.toml
+$(DEMO_STAMP): $(TORCH_STAMP) pyproject.toml $(NATIVE)
 	@echo 'Installing Quamba and what it needs into $(VENV).'
 	@$(PIP) --editable .
 	@touch $@
 
-$(TEST_STAMP): $(TORCH_STAMP) pyproject.toml
+$(TEST_STAMP): $(TORCH_STAMP) pyproject.toml $(NATIVE)
 	@echo 'Installing Quamba and what its tests need into $(VENV).'
 	@$(PIP) --editable '.[test]'
 	@touch $(DEMO_STAMP) $@

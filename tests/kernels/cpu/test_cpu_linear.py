@@ -1,4 +1,4 @@
-"""Products with quantized weights on every instruction set of this machine; sizes beyond those that doctor checks."""
+"""Products with quantized weights, on every instruction set of this machine."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ def linear(
     out_dtype: torch.dtype = torch.float32,
     input_scale_folded: bool = False,
 ) -> Tensor:
-    """As the reference. With float x and quantized weights, each 128 columns of a row of x become integers of 15
-    bits (their largest is +-16,256) and are summed as integers; x of float64 goes to the reference.
+    """As the reference. With float x and quantized weights, each 128 columns of a row of x become integers of
+    15 bits (their largest is +-16,256) and are summed as integers; x of float64 goes to the reference.
 
     Float weights are PyTorch's, whose libraries are hard to beat at that.
     """
