@@ -69,7 +69,7 @@ typedef struct {
     int32_t norm_before_gate, rotate, rounding, overflow;
 } QbGatedNorm;
 
-/* x, y (batch, length, channels); weight [channels, width] float32 taps times their scales, or integers as float32;
+/* x, y (batch, length, channels); weight [width, channels], up to 4: float32 taps, for codes integers as float32;
  * product_scale: NULL, or what a step of the sum stands for (product_step as scale_step).
  * state (batch, width - 1, channels) in the dtype of x, or NULL; mask (batch, length) bytes or NULL. */
 typedef struct {
