@@ -196,7 +196,7 @@ def test_errors_pass_on_but_not_into_the_own_ones() -> None:
     other.blocks[1].mixer.conv1d.weight *= 1.5
     found = analyze(other, model, text(model), orders={})
     for s in found.sites:
-        after = s.layer is None and s.site != "embedding" or s.layer == 2
+        after = (s.layer is None and s.site != "embedding") or s.layer == 2
         hit = s.layer == 1 and s.site in ("x", "B", "C", "scan", "gated", "rotate", "out_proj")
         assert (s.snr_db < math.inf) == (after or hit), s
         assert (s.own_snr_db is not None and s.own_snr_db < math.inf) == hit, s

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -106,8 +105,6 @@ def analyze(
         )
     progress = progress or Silent()
     aligned = align(network, _known(orders, network), reference, _known(reference_orders, reference))
-    if aligned.network is network:
-        aligned = dataclasses.replace(aligned, network=copy.deepcopy(network))
     run = _Run(network, aligned, windows.shape[1])
     batch = max(1, _TOKENS_AT_ONCE // windows.shape[1])
     progress.stage("Windows", len(windows))
