@@ -175,11 +175,41 @@ QB_INLINE vf vlog(vf x) {
     return m + y + k * 0.693359375f;
 }
 
-// log(1 + exp(v)), v itself above 20.
+// 2^(time * rate) for products <= 0. What is below 2^-126 may be 0 or 2^-126.
+QB_INLINE vf vdecay(vf time, vf rate) {
+#if defined(__AVX512F__)
+    const __m512 whole = _mm512_roundscale_ps((__m512)(time * rate), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vf part = (vf)_mm512_fmsub_ps((__m512)time, (__m512)rate, whole);
+#else
+    const vf product = vmax(time * rate, splat(-126.0f));
+    // In the lowest bits of a float of this size is an integer.
+    const vf shifted = product + 12582912.0f;
+    const vf part = product - (shifted - 12582912.0f);
+#endif
+    vf p = splat(1.326472731e-3f);
+    p = p * part + 9.671512991e-3f;
+    p = p * part + 5.550733581e-2f;
+    p = p * part + 2.402224243e-1f;
+    p = p * part + 6.931470037e-1f;
+    p = p * part + 1.0f;
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)p, whole);
+#else
+    return (vf)((vi)p + ((vi)shifted << 23));
+#endif
+}
+constexpr float kLog2E = 1.442695041f;
+
+// log(1 + exp(v)); above 20 that is v.
 QB_INLINE vf vsoftplus(vf v) {
-    const vf e = vexp(vmin(v, splat(20.0f)));
-    const vf w = 1.0f + e;
-    return v > 20.0f ? v : vlog(w) + (e - (w - 1.0f)) / w;
+    const vf e = vdecay(vabs(v), splat(-kLog2E));
+    // log(1 + e) = 2 artanh(e / (2 + e))
+    const vf s = e / (2.0f + e), q = s * s;
+    vf p = splat(1.400599734e-1f);
+    p = p * q + 1.400090228e-1f;
+    p = p * q + 2.001076445e-1f;
+    p = p * q + 3.333320783e-1f;
+    return vmax(v, vf{}) + (2.0f * s + 2.0f * s * q * p);
 }
 
 QB_INLINE vf vsilu(vf v) { return v / (1.0f + vexp(-v)); }
