@@ -89,6 +89,19 @@ def test_json_holds_the_same_for_machines(run: Run, here: Path) -> None:
     assert record["spec"]["seed"] == 1234
 
 
+def test_the_size_adds_up_to_the_file(run: Run, small: Path) -> None:
+    path = small / "model.safetensors"
+    file = profiled(run, "small", "--size")["file"]
+    assert file["total_bytes"] == path.stat().st_size
+    assert file["weights_bytes"]["total"] + file["header_bytes"] == file["total_bytes"]
+    size, weights = path.stat().st_size, quamba.load("small").size_bytes
+    printed = run(main, "profile", "small", "--size", "--device", "cpu").stdout
+    line = f"The file: {size:,} bytes = {weights:,} of the weights above + {size - weights:,} of header."
+    assert line in printed.splitlines()
+    in_memory = profiled(run, "mamba2-tiny", "--size", "--quantize", *CALIBRATION)
+    assert "file" not in in_memory
+
+
 @pytest.mark.parametrize(
     ("flags", "modes", "keys"),
     [

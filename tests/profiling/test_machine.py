@@ -86,12 +86,23 @@ def test_a_cpu_has_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bandwidth_counts_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_copy_seconds", lambda source, target: 0.5)
+    monkeypatch.setattr(machine, "_timed", lambda device, work: 0.5)
     assert machine.copy_bandwidth_gb_per_s(CPU, 4_000_000) == pytest.approx(2 * 4e6 / 0.5 / 1e9)
 
 
 def test_bandwidth_is_measured() -> None:
     assert machine.copy_bandwidth_gb_per_s(CPU, 1 << 20) > 0
+
+
+def test_products_count_additions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([9.0, 0.25, 0.5, 0.125, 0.25])  # of which the median counts
+    monkeypatch.setattr(machine, "_timed", lambda device, work: next(seconds))
+    expected = 2 * 512**3 / 0.25 / 1e9
+    assert machine.matmul_gflop_per_s(CPU, torch.float32) == pytest.approx(expected)
+
+
+def test_products_are_measured() -> None:
+    assert machine.matmul_gflop_per_s(CPU, torch.float32) > 0
 
 
 def test_the_buffer_is_larger_than_the_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

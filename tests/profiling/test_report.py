@@ -13,7 +13,8 @@ from tiny_models import tiny_config, tiny_model
 from quamba.errors import QuambaError
 from quamba.models.lm import MambaLM
 from quamba.profiling import machine
-from quamba.profiling.profile import ProfileReport, Traffic, profile, speedups
+from quamba.profiling.operations import Operations
+from quamba.profiling.profile import Arithmetic, ProfileReport, Traffic, profile, speedups
 from quamba.profiling.size import step_bytes
 from quamba.profiling.spec import MODES, Mode, ProfileSpec
 
@@ -84,6 +85,16 @@ def test_progress_is_told(network: MambaLM) -> None:
 def test_the_share_of_the_copy() -> None:
     traffic = Traffic(step_bytes=10, gb_per_s=5.0, copy_gb_per_s=20.0)
     assert traffic.to_dict()["share_of_copy"] == 0.25
+
+
+def test_the_share_of_a_matrix_product() -> None:
+    arithmetic = Arithmetic(Operations({"projections": 8}, {"projections": 6}), 5.0, 20.0, "float32")
+    found = arithmetic.to_dict()
+    assert (found["share_of_matmul"], found["integer_share"], found["matmul_dtype"]) == (
+        0.25,
+        0.75,
+        "float32",
+    )
 
 
 def test_speedups_are_of_medians(network: MambaLM) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
 from variants import VARIANTS, calibration_set, rounded, shipped
+from zoo_fixtures import BUNDLED, zoo_path
 
+from quamba.checkpoints.quantized import write_quantized
+from quamba.checkpoints.stored import read_stored
+from quamba.checkpoints.upstream import write_state_spaces
 from quamba.models.config import ModelConfig
 from quamba.models.lm import MambaLM
-from quamba.profiling.size import KINDS, measure_size, step_bytes
+from quamba.profiling.size import KINDS, file_size, measure_size, step_bytes
 from quamba.quantization.pipeline import quantize_model
 from quamba.recipes.recipe import shipped_names
 
@@ -68,6 +74,43 @@ def test_quantized_kinds_add_up(family: str, recipe: str) -> None:
     if recipe == "w8a8":
         assert size.weights["rotation"] == 2 * 4  # one scale a layer
         assert size.weights["head"] > 0
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_a_quantized_file_is_its_weights_and_a_header(family: str, tmp_path: Path) -> None:
+    config = tiny_config(family)
+    network, plan, report = quantize_model(
+        tiny_model(config), rounded(shipped("w4a8", config)), calibration_set(config)
+    )
+    write_quantized(tmp_path / "small", network, plan, source="tiny", report=report, tokenizer=None)
+    file = file_size(network, tmp_path / "small")
+    assert {kind: count for kind, count in file.weights.items() if kind != "other"} == measure_size(
+        network
+    ).weights
+    assert (file.weights["other"], 0 < file.header < 8192) == (0, True)
+    path = tmp_path / "small" / "model.safetensors"
+    assert file.total_bytes == path.stat().st_size == file.to_dict()["total_bytes"]
+    assert file.header == 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_a_float_file_by_kind(family: str, tmp_path: Path) -> None:
+    """Stored in half precision under the names of upstream."""
+    config = tiny_config(family)
+    network = tiny_model(config)
+    halved = {name: tensor.half() for name, tensor in network.named_tensors().items()}
+    write_state_spaces(tmp_path / "float", config, halved)
+    file = file_size(network, tmp_path / "float")
+    weights = measure_size(network).weights
+    assert file.weights == {**{kind: count // 2 for kind, count in weights.items()}, "other": 0}
+
+
+def test_a_published_file_adds_up(repo_root: Path) -> None:
+    folder = zoo_path(repo_root, BUNDLED[0])
+    file = file_size(read_stored(folder).network, folder)
+    assert file.total_bytes == (folder / "pytorch_model.bin").stat().st_size
+    assert file.weights["other"] > 0  # of a layout of its own
+    assert file.weights["embedding"] > 0 and file.header > 0
 
 
 def test_a_decode_step_reads_all_but_the_other_rows_of_the_table() -> None:

@@ -25,9 +25,10 @@ from quamba.errors import QuambaError
 
 if TYPE_CHECKING:
     from quamba.api import Model
+    from quamba.cli.obtain import Obtained
     from quamba.profiling.latency import Latency
     from quamba.profiling.profile import ProfileReport
-    from quamba.profiling.size import SizeReport
+    from quamba.profiling.size import FileSize, SizeReport
     from quamba.profiling.spec import ProfileSpec
     from quamba.profiling.trace import Trace
 
@@ -108,11 +109,14 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
             baseline = profile(load(float_source, options["device"]).network, spec, progress=progress)
     for line in _notes(report, baseline):
         say(line)
+    file = _file(got, model, flags) if report.size is not None else None
     record = _record(got.model, report, baseline, traces)
+    if file is not None:
+        record["file"] = file.to_dict()
     if options["as_json"]:
         click.echo(json.dumps(record, indent=2))
     else:
-        _print(got.model, report, baseline)
+        _print(got.model, report, baseline, file)
         for found in traces:
             _print_trace(found)
     _keep(got.model, report, baseline, record, options, dict(ctx.params))
@@ -219,13 +223,29 @@ def _precision(model: Model, report: ProfileReport) -> str:
     return report.dtype if model.recipe is None else model.recipe.name
 
 
-def _print(model: Model, report: ProfileReport, baseline: ProfileReport | None) -> None:
+def _file(got: Obtained, argument: str, flags: QuantizeFlags) -> FileSize | None:
+    """Of the files that the model was read from; None for one that is kept in memory only."""
+    from quamba.checkpoints.source import resolve as resolve_source
+    from quamba.cli.store import find_model
+    from quamba.profiling.size import file_size
+
+    folder = got.folder
+    if folder is None and got.model.plan is None:
+        folder = resolve_source(find_model(argument, flags.pretrained_dir, flags.output_subdir))
+    return None if folder is None else file_size(got.model.network, folder)
+
+
+def _print(
+    model: Model, report: ProfileReport, baseline: ProfileReport | None, file: FileSize | None
+) -> None:
     spec = report.spec
     threads = f", threads: {report.threads}" if report.device == "cpu" else ""
     click.echo(f"{model.source}: {_precision(model, report)} on {report.device} ({report.hardware}{threads})")
     if report.size is not None:
         names = (_precision(model, report), "" if baseline is None else baseline.dtype)
         _print_size(report.size, None if baseline is None else baseline.size, names)
+        if file is not None:
+            click.echo(_file_sentence(file, report.size))
     if report.latencies:
         click.echo(
             f"\nBatch {spec.batch_size}, prompts of {spec.prompt_len} random tokens, "
@@ -244,6 +264,16 @@ def _print_size(size: SizeReport, other: SizeReport | None, names: Sequence[str]
     click.echo("\n" + table(header, [[part, *(f"{mib(c[part]):.3f}" for c in columns)] for part in shown]))
     if size.tied_head:
         click.echo("The head is the embedding table.")
+
+
+def _file_sentence(file: FileSize, size: SizeReport) -> str:
+    """What adds up to the file's bytes: the weights of the table, or the same kinds as they are stored."""
+    stored = {kind: count for kind, count in file.weights.items() if count}
+    if stored == {kind: count for kind, count in size.weights.items() if count}:
+        parts = [f"{size.weight_bytes:,} of the weights above"]
+    else:
+        parts = [f"{count:,} {kind}" for kind, count in stored.items()]
+    return f"The file: {file.total_bytes:,} bytes = {' + '.join(parts)} + {file.header:,} of header."
 
 
 def _size_rows(size: SizeReport) -> dict[str, int]:
@@ -285,10 +315,15 @@ def _cells(latency: Latency, energy: bool) -> list[str]:
 def _facts(report: ProfileReport) -> list[str]:
     lines = []
     if report.arithmetic is not None:
-        operations, speed = report.arithmetic.operations, report.arithmetic.gop_per_s
+        done = report.arithmetic
+        operations, speed = done.operations, done.gop_per_s
         unit = "GFLOP" if operations.integer_share == 0 else "Gop"
         kind = "" if unit == "GFLOP" else f" ({100 * operations.integer_share:.0f}% of them on integers)"
-        lines.append(f"Prefill: {operations.count / 1e9:.3g} {unit}{kind}, {speed:.3g} {unit}/s.")
+        lines.append(
+            f"Prefill: {operations.count / 1e9:.3g} {unit}{kind}, {speed:.3g} {unit}/s, "
+            f"{100 * done.share_of_matmul:.0f}% of the {done.matmul_gop_per_s:.3g} GFLOP/s of a "
+            f"{done.matmul_dtype} matrix product here."
+        )
     if report.traffic is not None:
         t = report.traffic
         lines.append(

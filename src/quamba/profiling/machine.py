@@ -6,6 +6,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,9 @@ import torch
 COPY_BYTES = 1 << 28
 _LARGEST_COPY_BYTES = 1 << 30
 _COPIES = 5
+# Rows and columns of the matrices that are multiplied: long enough to fill a machine, short on a slow one.
+_MATRIX_SIDE = {"cuda": 4096, "cpu": 512}
+_PRODUCTS = 5
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -48,8 +52,17 @@ def copy_bandwidth_gb_per_s(device: torch.device, size_bytes: int | None = None)
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
     target.copy_(source)  # the first touch maps the pages
-    seconds = [_copy_seconds(source, target) for _ in range(_COPIES)]
+    seconds = [_timed(device, lambda: target.copy_(source)) for _ in range(_COPIES)]
     return 2 * source.nbytes / statistics.median(seconds) / 1e9
+
+
+def matmul_gflop_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    """10^9 additions and multiplications a second of a product of square matrices: the median of five."""
+    side = _MATRIX_SIDE[device.type]
+    left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    out = left @ right  # the first product chooses kernels
+    seconds = [_timed(device, lambda: torch.matmul(left, right, out=out)) for _ in range(_PRODUCTS)]
+    return 2 * side**3 / statistics.median(seconds) / 1e9
 
 
 def copy_bytes(device: torch.device) -> int:
@@ -127,15 +140,16 @@ def _nvml_handle(pynvml: Any, device: torch.device) -> Any:
     return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
 
 
-def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
-    if source.device.type != "cuda":
+def _timed(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds of one run."""
+    if device.type != "cuda":
         start = time.perf_counter()
-        target.copy_(source)
+        work()
         return time.perf_counter() - start
-    with torch.cuda.device(source.device):
+    with torch.cuda.device(device):
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
-        target.copy_(source)
+        work()
         last.record()
         torch.cuda.synchronize()
     return float(first.elapsed_time(last)) / 1e3

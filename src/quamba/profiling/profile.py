@@ -15,6 +15,7 @@ from quamba.profiling.machine import (
     PeakMemory,
     copy_bandwidth_gb_per_s,
     hardware_name,
+    matmul_gflop_per_s,
     peak_memory,
     reset_peak,
 )
@@ -27,16 +28,30 @@ from quamba.runtime.graph import graph_wanted
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Operations of one prefill, and how many of them a second the median prefill did."""
+    """Operations of one prefill, and how many of them a second the median prefill did.
+
+    matmul_gop_per_s  what a product of large matrices reaches on this machine
+    matmul_dtype      of those: the model's floats on a GPU, float32 on a CPU, where narrower ones are slow
+    """
 
     operations: Operations
     gop_per_s: float
+    matmul_gop_per_s: float
+    matmul_dtype: str
+
+    @property
+    def share_of_matmul(self) -> float:
+        """May be above 1 on integers, of which a machine may do more a second."""
+        return self.gop_per_s / self.matmul_gop_per_s
 
     def to_dict(self) -> dict[str, Any]:
         return {
             **self.operations.to_dict(),
             "integer_share": self.operations.integer_share,
             "gop_per_s": self.gop_per_s,
+            "matmul_gop_per_s": self.matmul_gop_per_s,
+            "matmul_dtype": self.matmul_dtype,
+            "share_of_matmul": self.share_of_matmul,
         }
 
 
@@ -138,7 +153,10 @@ def speedups(report: ProfileReport, baseline: ProfileReport) -> dict[Mode, float
 
 def _arithmetic(network: MambaLM, spec: ProfileSpec, ttft: Latency) -> Arithmetic:
     operations = prefill_operations(network, spec.batch_size, spec.prompt_len)
-    return Arithmetic(operations, operations.count / ttft.median_ms / 1e6)
+    dtype = network.lm_head.compute_dtype if network.device.type == "cuda" else torch.float32
+    reached = matmul_gflop_per_s(network.device, dtype)
+    name = str(dtype).removeprefix("torch.")
+    return Arithmetic(operations, operations.count / ttft.median_ms / 1e6, reached, name)
 
 
 def _traffic(network: MambaLM, spec: ProfileSpec, tpot: Latency) -> Traffic:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from quamba.checkpoints.tensors import open_tensors
+from quamba.checkpoints.upstream import canonical_name
 from quamba.models.lm import MambaLM
 from quamba.modules.conv import CausalConv1d
 from quamba.modules.embedding import Embedding
@@ -82,6 +86,39 @@ def measure_size(network: MambaLM, batch_size: int = 1) -> SizeReport:
     )
 
 
+@dataclass(frozen=True)
+class FileSize:
+    """The weight files of a folder, in bytes.
+
+    weights  the tensors by kind, as they are stored; "other" is of no leaf
+    header   all that is no tensor
+    """
+
+    weights: dict[str, int]
+    header: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.weights.values()) + self.header
+
+    def to_dict(self) -> dict[str, Any]:
+        weights = {**self.weights, "total": sum(self.weights.values())}
+        return {"weights_bytes": weights, "header_bytes": self.header, "total_bytes": self.total_bytes}
+
+
+def file_size(network: MambaLM, folder: Path) -> FileSize:
+    """What the weight files that this network was read from hold; only their headers are read."""
+    source = open_tensors(folder)
+    owners = {name: kind_of(network, leaf) for name, leaf in leaves(network).items()}
+    weights = dict.fromkeys((*KINDS, "other"), 0)
+    for name in source:
+        here = canonical_name(name, network.config.family)
+        size = math.prod(source.shape(name)) * source.dtype(name).itemsize
+        weights[_kind_of_name(here, owners) or "other"] += size
+    total = sum(file.stat().st_size for file in source.files)
+    return FileSize(weights, total - sum(weights.values()))
+
+
 def step_bytes(network: MambaLM, batch_size: int = 1) -> int:
     """The least that one decode step reads and writes: all weights, and the state both ways.
 
@@ -108,10 +145,14 @@ def kind_of(network: MambaLM, leaf: Leaf) -> str:
 
 
 def _owner(tensor: str, kinds: dict[str, str]) -> str:
-    """The kind of the leaf that holds a tensor: the leaf's name is a prefix of the tensor's."""
+    """The kind of the leaf that holds a tensor of the network."""
+    kind = _kind_of_name(tensor, kinds)
+    assert kind is not None, f"a tensor of no leaf: {tensor}"
+    return kind
+
+
+def _kind_of_name(tensor: str, kinds: dict[str, str]) -> str | None:
+    """The kind of the leaf whose name a tensor's begins with; None without one."""
     parts = tensor.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        kind = kinds.get(".".join(parts[:end]))
-        if kind is not None:
-            return kind
-    raise AssertionError(f"a tensor of no leaf: {tensor}")
+    found = (kinds.get(".".join(parts[:end])) for end in range(len(parts) - 1, 0, -1))
+    return next((kind for kind in found if kind is not None), None)
