@@ -44,7 +44,7 @@ def test_rows_of_one_model_have_one_colour(write: Write) -> None:
 def test_a_picture_is_drawn(write: Write, tmp_path: Path, count: int) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'quamba[plot]'")
     paths = [
-        write(f"r{i}", quantized(f"models/$m_{i}$", scored={"e": text("inf" if i == 1 else 30.0 + i)}))
+        write(f"r{i}", quantized(f"models/$m{i}^^x$", scored={"e": text("inf" if i == 1 else 30.0 + i)}))
         for i in range(count)
     ]
     drawn = charts.panels(compared(*paths))

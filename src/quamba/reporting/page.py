@@ -89,7 +89,7 @@ def comparison_page(comparison: Comparison, title: str) -> str:
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{count}. Under a number: the difference from the float model. '
-        "± is one standard error.</p>",
+        "± is one standard error. Pale bars: float models; dashed: published.</p>",
         notes_list(comparison.notes),
     ]
     drawn = panels(comparison)
