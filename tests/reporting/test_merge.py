@@ -61,7 +61,7 @@ def test_a_run_of_unknown_precision_stays_alone(write: Write) -> None:
     record = {k: v for k, v in quantized().items() if k not in ("recipe", "calibration")}
     bare = write("json", record)
     found = compared(write("q", quantized()), bare)
-    assert labels(found) == ["demo w8a8", "demo json"]
+    assert labels(found) == ["demo w8a8", "demo (json)"]
     assert found.notes == [
         f"'{bare}' does not state how its model was quantized, so it is a row of its own; "
         "logs (--log_dir) do."
@@ -153,6 +153,14 @@ def test_the_float_model_is_the_baseline(write: Write) -> None:
     (metric,) = found.of_group("perplexity")
     base = [found.baseline(row, metric) for row in found.rows]
     assert [None if value is None else value.number for value in base] == [None, 32.0, None]
+
+
+def test_times_stand_as_they_pass(write: Write) -> None:
+    late = profile()
+    late["latency"] = {mode: late["latency"][mode] for mode in ("tpot", "ttlt")}
+    early = profile("models/other")
+    found = compared(write("a", late), write("b", early))
+    assert [m.name for m in found.of_group("speed")] == ["TTFT", "TPOT", "TTLT", "decode"]
 
 
 def test_nothing_in_common_is_refused(write: Write) -> None:

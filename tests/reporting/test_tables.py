@@ -59,6 +59,15 @@ def test_text_tables_are_broken_by_group_and_width(write: Write) -> None:
     assert setting_lines(found, found.of_group("size")) == []
 
 
+def test_wide_tables_are_broken(write: Write) -> None:
+    tasks = [task("t" * 60 + str(i), "acc", 0.5) for i in range(3)]
+    assert [len(header) for _, header, _, _ in text_tables(compared(write("f", log(tasks=tasks))))] == [
+        3,
+        2,
+        2,
+    ]
+
+
 def test_what_was_measured_twice_has_a_star_and_both_lines_in_csv(write: Write) -> None:
     paths = [write(name, log(scored={"e": text(ppl)})) for name, ppl in (("a", 32.0), ("b", 33.5))]
     found = compared(*paths)

@@ -15,6 +15,7 @@ from quamba.reporting.measures import GROUPS, Comparison, Metric, Row, Run, Valu
 #: Logs round sizes to this many MiB.
 _ROUNDED = 1e-3
 _MOST_DIFFERENCES = 3
+_TIMES = ("TTFT", "TPOT", "TTLT")
 
 
 def compare(runs: Sequence[Run], *, published: bool = False, notes: Sequence[str] = ()) -> Comparison:
@@ -112,7 +113,7 @@ def _model_names(places: Sequence[str]) -> dict[str, str]:
 def _labels(members: Sequence[Sequence[Run]], models: Mapping[str, str]) -> list[str]:
     """Model and precision; where that names several rows, also what differs in recipe or calibration."""
     plain = [
-        f"{models[_place(group[0].source)]} {group[0].precision or PurePath(group[0].file).stem}"
+        f"{models[_place(group[0].source)]} {group[0].precision or f'({PurePath(group[0].file).stem})'}"
         for group in members
     ]
     labels: list[str] = []
@@ -154,10 +155,15 @@ def _plain(value: Any) -> str:
 
 
 def _ordered(rows: Iterable[Row]) -> list[Metric]:
-    """By group, then by base in the order of first appearance."""
+    """By group, then by base: times as they pass, others in the order of first appearance."""
     found = list(dict.fromkeys(metric for row in rows for metric in row.values))
     bases = list(dict.fromkeys(metric.base for metric in found))
-    return sorted(found, key=lambda m: (GROUPS.index(m.group), bases.index(m.base)))
+
+    def place(metric: Metric) -> tuple[int, int, int]:
+        known = _TIMES.index(metric.name) if metric.name in _TIMES else len(_TIMES)
+        return GROUPS.index(metric.group), known, bases.index(metric.base)
+
+    return sorted(found, key=place)
 
 
 def _in_common(rows: Sequence[Row]) -> bool:

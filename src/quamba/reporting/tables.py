@@ -10,7 +10,7 @@ from typing import Any
 
 from quamba.reporting.measures import GROUPS, Comparison, Metric, Row
 
-_MOST_COLUMNS = 6
+_MOST_COLUMNS, _MOST_CHARACTERS = 6, 160
 TITLES = {
     "accuracy": "Accuracy (higher is better)",
     "perplexity": "Perplexity (lower is better)",
@@ -63,18 +63,32 @@ def text_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[
     """
     tables = []
     for group in GROUPS:
-        metrics = comparison.of_group(group)
-        for start in range(0, len(metrics), _MOST_COLUMNS):
-            part = metrics[start : start + _MOST_COLUMNS]
+        for i, part in enumerate(_parts(comparison, comparison.of_group(group))):
             header = ["model", *(comparison.heading(metric) for metric in part)]
             rows = [
                 [row.label, *(cell(m, row) for m in part)]
                 for row in comparison.rows
                 if any(m in row.values for m in part)
             ]
-            title = TITLES[group] if start == 0 else f"{TITLES[group]}, continued"
+            title = TITLES[group] if i == 0 else f"{TITLES[group]}, continued"
             tables.append((title, header, rows, setting_lines(comparison, part)))
     return tables
+
+
+def _parts(comparison: Comparison, metrics: Sequence[Metric]) -> list[list[Metric]]:
+    """As many columns beside each other as a wide terminal holds, one at least."""
+    first = max(len(row.label) for row in comparison.rows)
+    parts: list[list[Metric]] = []
+    width = 0
+    for metric in metrics:
+        cells = [comparison.heading(metric), *(cell(metric, row) for row in comparison.rows)]
+        needed = 2 + max(map(len, cells))
+        if not parts or len(parts[-1]) == _MOST_COLUMNS or width + needed > _MOST_CHARACTERS:
+            parts.append([])
+            width = first
+        parts[-1].append(metric)
+        width += needed
+    return parts
 
 
 def setting_lines(comparison: Comparison, metrics: Sequence[Metric]) -> list[str]:
