@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _MODES = ("size", "ttft", "tpot", "ttlt")
 _TOP_OPS = 10
+_TRACES = "torch_profile"
 _POSITIVE = click.IntRange(min=1)
 
 
@@ -60,7 +61,14 @@ _POSITIVE = click.IntRange(min=1)
     type=NearestChoice(["fp16"]),
     help="Measure the float model that MODEL was made from too (float32 on a CPU).",
 )
-@click.option("--torch_profile", metavar="DIR", help="Write traces and tables of operators into DIR.")
+@click.option(
+    "--torch_profile",
+    metavar="[DIR]",
+    is_flag=False,
+    flag_value=_TRACES,
+    help=f"Write traces (for Perfetto and TensorBoard) and tables of operators into DIR; without DIR, into"
+    f" '{_TRACES}'.",
+)
 @click.option("--plot", metavar="FILE.png", help="Draw sizes and times (.png, .svg or .pdf).")
 @click.option("--log_dir", metavar="DIR", help="Write a JSON log of the run into DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
