@@ -178,16 +178,14 @@ def _triton_version() -> str:
 
 def _choice(device: torch.device) -> str:
     """Which kernels "auto" takes on a device, and why not the fast ones."""
+    from quamba.kernels.registry import why_not_fast
+
     try:
+        reason = why_not_fast(device)
         chosen = _kernels(device, "auto").name
-        if chosen == "triton":
-            return f"{device}: triton"
-        _kernels(device, "triton")
-    except QuambaError as error:
-        return f"{device}: reference. {str(error).split('; use ')[0]}."
     except Exception as error:
-        return f"{device}: none, the Triton kernels cannot be imported ({type(error).__name__})"
-    return f"{device}: {chosen}"
+        return f"{device}: none, its kernels cannot be imported ({type(error).__name__})"
+    return f"{device}: {chosen}" if reason is None else f"{device}: {chosen}. {reason}"
 
 
 def _print(machine: dict[str, Any], runs: Sequence[Run]) -> None:

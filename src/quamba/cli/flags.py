@@ -25,7 +25,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 HYBRID_LABELS = ("W4A8", "W4A16", "W8A8", "FP16")
 STATE_DTYPES = ("int8", "fp16", "fp32")
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "triton", "cpu")
 #: One state for all that is random; the published scripts fix the same.
 SEED = 1234
 

@@ -13,8 +13,6 @@ from quamba.cli.console import Command, mib, table
 from quamba.errors import QuambaError
 
 if TYPE_CHECKING:
-    import torch
-
     from quamba.formats.weight import WeightFormat
     from quamba.kernels.registry import Kernels
     from quamba.recipes.plan import BlockPlan, Plan
@@ -83,7 +81,7 @@ def _kernels(device: str, plan: Plan) -> dict[str, Any]:
     import torch
 
     from quamba.api import choose_device
-    from quamba.kernels.registry import REFERENCE, choose_kernels
+    from quamba.kernels.registry import REFERENCE, choose_kernels, why_not_fast
 
     kernels, reason = REFERENCE, None
     if device.partition(":")[0] == "cuda" and torch.cuda.device_count() == 0:
@@ -91,8 +89,7 @@ def _kernels(device: str, plan: Plan) -> dict[str, Any]:
     else:
         target = choose_device(device)
         kernels = choose_kernels(target)
-        if kernels.name == "reference":
-            reason = _without_triton(target)
+        reason = why_not_fast(target)
     return {
         "kernels": kernels.name,
         "reason": reason,
@@ -113,18 +110,8 @@ def _decoding(kernels: Kernels, plan: Plan) -> str:
     from quamba.recipes.skeleton import skeleton
     from quamba.runtime.step import describe_step
 
-    return describe_step(skeleton(plan).set_compute_dtype(torch.float16).use_kernels(kernels))
-
-
-def _without_triton(device: torch.device) -> str | None:
-    """Why the Triton kernels do not run on a device."""
-    from quamba.kernels.registry import choose_kernels
-
-    try:
-        choose_kernels(device, "triton")
-    except QuambaError as error:
-        return f"{str(error).split('; use ')[0]}."
-    return None
+    dtype = torch.float16 if kernels.name == "triton" else torch.float32
+    return describe_step(skeleton(plan).set_compute_dtype(dtype).use_kernels(kernels))
 
 
 def _backend(op: Callable[..., Any]) -> str:

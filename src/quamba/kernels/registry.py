@@ -69,29 +69,45 @@ REFERENCE_SOLVER = SolverKernels(
     name="reference", round_columns=gptq.round_columns, descend_columns=gptq.descend_columns
 )
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "triton", "cpu")
+#: What "auto" is, by the kind of device.
+_FAST = {"cuda": "triton", "cpu": "cpu"}
 
 
 def choose_kernels(device: torch.device, backend: str = "auto") -> Kernels:
     """The kernels for models on a device.
 
-    backend  "reference" runs anywhere; "triton" on CUDA devices of compute capability 8.0 and newer; "auto"
-             is Triton where it runs, else the reference, which is said once where a GPU goes without
+    backend  "reference" runs anywhere; "triton" on CUDA devices of compute capability 8.0 and newer; "cpu" on
+             CPUs where it was compiled when the package was installed; "auto" is the fast one of the device
+             where that runs, else the reference, which is said once
     """
     if backend not in BACKENDS:
         raise one_of("The backend", backend, BACKENDS)
-    if backend == "reference" or (backend == "auto" and device.type != "cuda"):
+    wanted = _FAST.get(device.type, "reference") if backend == "auto" else backend
+    if wanted == "reference":
         return REFERENCE
-    reason = _without_triton(device)
+    reason = _without_triton(device) if wanted == "triton" else _without_compiled(device)
     if reason is None:
-        from quamba.kernels.triton.launches import check_tables
-
-        check_tables(device)
-        return _triton()
-    if backend == "triton":
-        raise QuambaError(f"The Triton kernels do not run on '{device}': {reason}; use backend 'reference'.")
-    _say_once(f"The model runs on the reference kernels, which are slow on a GPU: {reason}.")
+        return _triton_on(device) if wanted == "triton" else _compiled()
+    why = _sentence(wanted, device, reason)
+    if backend != "auto":
+        raise QuambaError(f"{why}; use backend 'reference'.")
+    _say_once(f"The model runs on the reference kernels, which are slow. {why}.")
     return REFERENCE
+
+
+def why_not_fast(device: torch.device) -> str | None:
+    """Why models do without the fast kernels on a device, a sentence; None if they have them."""
+    fast = _FAST.get(device.type)
+    if fast is None:
+        return f"There are no kernels for '{device.type}'."
+    reason = _without_triton(device) if fast == "triton" else _without_compiled(device)
+    return None if reason is None else f"{_sentence(fast, device, reason)}."
+
+
+def _sentence(backend: str, device: torch.device, reason: str) -> str:
+    name = {"triton": "Triton", "cpu": "compiled CPU"}[backend]
+    return f"The {name} kernels do not run on '{device}': {reason}"
 
 
 def choose_solver_kernels(weight: Tensor) -> SolverKernels:
@@ -116,6 +132,47 @@ def _without_triton(device: torch.device) -> str | None:
         return "the package triton is not installed"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+
+
+def _without_compiled(device: torch.device) -> str | None:
+    """Why a device cannot have the compiled kernels; None if it can."""
+    if device.type != "cpu":
+        return "they are for CPUs"
+    from quamba.kernels.cpu import library
+
+    found = library.load()
+    return found if isinstance(found, str) else None
+
+
+def _triton_on(device: torch.device) -> Kernels:
+    from quamba.kernels.triton.launches import check_tables
+
+    check_tables(device)
+    return _triton()
+
+
+@functools.cache
+def _compiled() -> Kernels:
+    from quamba.kernels.cpu import conv, embedding, hadamard, linear, norm, selective_scan, ssd
+    from quamba.kernels.cpu import quantize as quantize_ops
+
+    return Kernels(
+        name="cpu",
+        quantize=quantize_ops.quantize,
+        embedding=embedding.embedding,
+        linear=linear.linear,
+        add_norm=norm.add_norm,
+        rms_norm=norm.rms_norm,
+        gated_rms_norm=norm.gated_rms_norm,
+        causal_conv1d=conv.causal_conv1d,
+        selective_scan=selective_scan.selective_scan,
+        selective_scan_step=selective_scan.selective_scan_step,
+        ssd_scan=ssd.ssd_scan,
+        ssd_step=ssd.ssd_step,
+        hadamard=hadamard.hadamard,
+        hadamard_quantize=hadamard.hadamard_quantize,
+        gated_norm_hadamard=hadamard.gated_norm_hadamard,
+    )
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from quamba.recipes.recipe import Recipe, Solver, load_recipe
 from quamba.runtime.decode import decode_step
 from quamba.runtime.graph import DecodeGraph
 from quamba.runtime.prefill import prefill
+from quamba.runtime.step import step_of
 
 _BATCH, _PROMPT, _STEPS = 2, 37, 8
 #: Root mean square of the error of logits over that of logits. A code behind a float may move by one and then
@@ -120,8 +121,9 @@ def _logits(network: MambaLM) -> tuple[Tensor, Tensor]:
     ids = _ids(network.config.vocab_size).to(network.device)
     cache = network.new_cache(_BATCH)
     prompt = network(ids[:, :_PROMPT], cache)
-    steps = [network(ids[:, i : i + 1], cache) for i in range(_PROMPT, _PROMPT + _STEPS)]
-    return prompt.cpu(), torch.cat(steps, dim=1).cpu()
+    step = step_of(network, cache)
+    steps = [step(ids[:, i]).clone() for i in range(_PROMPT, _PROMPT + _STEPS)]
+    return prompt.cpu(), torch.stack(steps, dim=1).cpu()
 
 
 def _too_far(what: str, found: Tensor, wanted: Tensor, limit: float) -> str:

@@ -16,7 +16,7 @@ from quamba.kernels.check import PoisonedAllocations
 from quamba.kernels.registry import REFERENCE, Kernels
 from quamba.models.cache import MambaCache
 from quamba.models.lm import MambaLM
-from quamba.runtime.step import MOST_SEQUENCES, FusedStep, fused_step
+from quamba.runtime.fused_step import MOST_SEQUENCES, FusedStep, fused_step
 from quamba.tuning.calls import Call, difference, random_cache, recorded_calls
 from quamba.tuning.step_reference import KNOWN, arguments_of, results_of, wanted_of
 

@@ -73,8 +73,8 @@ def causal_conv1d(
 def prepare_taps(weight: Tensor | QuantizedWeight, x: Activation) -> tuple[Tensor, Tensor | None]:
     """What the kernel multiplies inputs like x with.
 
-    returns  taps (W, C) float32: integers where both x and weight are codes; and for codes x the real value of
-             one step of the sum, () or (C,) float32
+    returns  taps (W, C) float32: integers where both x and weight are codes; and for codes x the real value
+             of one step of the sum, () or (C,) float32
     """
     if not isinstance(x, Quantized):
         taps = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight

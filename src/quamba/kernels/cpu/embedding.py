@@ -21,7 +21,9 @@ def embedding(
     y = torch.empty(*ids.shape, columns, dtype=out_dtype)
     if y.numel() == 0:
         return y
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+    if library.is_recording():
+        pass  # ids of later: those that are chosen from logits
+    elif int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise IndexError(
             f"ids go from {int(ids.min())} to {int(ids.max())}; the table has {vocabulary} rows."
         )

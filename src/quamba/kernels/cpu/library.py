@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import torch
 
 from quamba.errors import QuambaError, one_of
 from quamba.kernels.cpu.abi import ABI, OPS, Op
@@ -65,12 +69,42 @@ class Program:
         )
         self._run, self._address = _library().qb_run, ctypes.addressof(self._entries)
 
+    def __len__(self) -> int:
+        return len(self._ops)
+
     def __call__(self) -> None:
+        _follow_torch()
         self._run(self._address, len(self._ops))
 
 
+class _Recorder(threading.local):
+    ops: list[Op] | None = None
+
+
+_RECORDER = _Recorder()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Op]]:
+    """Until its end, ops of this thread are put in a list instead of run (``kernels/cpu/recording.py``)."""
+    before, _RECORDER.ops = _RECORDER.ops, []
+    try:
+        yield _RECORDER.ops
+    finally:
+        _RECORDER.ops = before
+
+
+def is_recording() -> bool:
+    """Whether inputs are not there yet."""
+    return _RECORDER.ops is not None
+
+
 def run(op: Op) -> None:
-    """One op, at once."""
+    """One op: at once, or later if a program is recorded."""
+    if _RECORDER.ops is not None:
+        _RECORDER.ops.append(op)
+        return
+    _follow_torch()
     entry = _Entry(op.kind, ctypes.addressof(op))
     _library().qb_run(ctypes.addressof(entry), 1)
 
@@ -90,14 +124,31 @@ def use_instruction_set(name: str) -> None:
         raise one_of("The instruction set", name, instruction_sets())
 
 
+class _Threads:
+    """How many there are, and what asked for them: torch's setting, or a number of its own."""
+
+    now = 1
+    asked: int | None = None
+
+
+def _follow_torch() -> None:
+    wanted = _Threads.asked or torch.get_num_threads()
+    if wanted != _Threads.now:
+        _library().qb_set_threads(wanted)
+        _Threads.now = wanted
+
+
 def threads() -> int:
-    return int(_library().qb_threads())
+    """Threads of the next op: as many as torch uses, unless ``set_threads`` said otherwise."""
+    return _Threads.asked or torch.get_num_threads()
 
 
-def set_threads(count: int) -> None:
-    _library().qb_set_threads(count)
+def set_threads(count: int | None) -> None:
+    """None: as many as torch uses, ``torch.set_num_threads``."""
+    _Threads.asked = count
 
 
 def read_memory(address: int, size: int) -> None:
     """Read bytes once on all threads: what the bandwidth of reading is measured with."""
+    _follow_torch()
     _library().qb_read(address, size)

@@ -82,7 +82,7 @@ def ssd_step(
     state_group: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``reference.ssd.ssd_step``; the state is read once and written once. float64 is left to the reference."""
+    """``reference.ssd.ssd_step``; the state is read and written once. float64 is left to the reference."""
     y = torch.empty(shape_of(x), dtype=out_dtype)
     if not abi.supported(x, dt, A, B, C, D, dt_bias, state, y):
         return reference.ssd_step(
@@ -117,7 +117,7 @@ def _run(
     carried: tuple[Tensor | None, Tensor | None, Tensor | None],
     mask: Tensor | None,
 ) -> None:
-    """inputs x, dt, B, C (batch, length, ...); parameters A, D, dt_bias; carried state, its scale and group."""
+    """inputs x, dt, B, C (batch, length, ...), parameters A, D, dt_bias, carried state, scale, group."""
     if y.numel() == 0:
         return
     x, dt, B, C = (abi.with_unit_channels(t) for t in inputs)
