@@ -244,6 +244,7 @@ def test_mixed_precisions_and_clipped_codes() -> None:
     network.blocks[0].mixer.rotate.out_scale.fill_(1e-6)  # every code beyond its limits
     found = analyze(network, model, text(model), orders=orders)
     assert site(found, 0, "rotate").at_limit == 1.0
+    assert site(found, 0, "rotate").clipped > 0.99
     assert (found.worst(1)[0].layer, found.worst(1)[0].site) in ((0, "rotate"), (0, "out_proj"))
     assert site(found, 0, "gated").at_limit is None  # float there
     assert {s.at_limit for s in found.sites if s.layer == 1} == {None}

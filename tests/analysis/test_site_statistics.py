@@ -95,11 +95,14 @@ def test_ranges_of_zeros_and_of_one_value() -> None:
 
 def test_codes_at_their_limits() -> None:
     codes = Codes()
-    codes.update(torch.ones(3))
-    assert codes.at_limit is None
-    codes.update(Quantized(torch.tensor([[127, -127, -128, 126]]).to(torch.int8), _scale(1.0)))
-    codes.update(Quantized(torch.tensor([[0, 1, -126, 5]]).to(torch.int8), _scale(1.0)))
-    assert codes.at_limit == 3 / 8
+    codes.update(torch.ones(1, 3), torch.ones(1, 3))
+    assert (codes.at_limit, codes.clipped) == (None, None)
+    wanted = torch.tensor([[127.4, -127.6, -500.0, 126.0]])
+    codes.update(wanted, Quantized(torch.tensor([[127, -127, -128, 126]]).to(torch.int8), _scale(1.0)))
+    scales = _scale(1.0, 0.5, 2.0, 1.0)  # one a channel: 64 is beyond 127.5 halves
+    wanted = torch.tensor([[64.0, -64.0, 250.0, 0.0]])
+    codes.update(wanted, Quantized(torch.tensor([[64, -127, 125, 0]]).to(torch.int8), scales))
+    assert (codes.at_limit, codes.clipped) == (4 / 8, 3 / 8)
 
 
 def test_predictions_are_those_of_all_logits() -> None:

@@ -39,6 +39,7 @@ class SiteReport:
                 residual, which has none, and where it cannot be had (one model's stream is rotated)
     absmax      of the quantized model; that of the float model is in ``range``
     at_limit    share of int8 codes at or beyond +-127; None where the site has none
+    clipped     share of the float model's values that are beyond 127.5 steps of the codes' scale
     range       of the float model; None for logits
     """
 
@@ -48,6 +49,7 @@ class SiteReport:
     own_snr_db: float | None
     absmax: float
     at_limit: float | None
+    clipped: float | None
     range: RangeReport | None
 
     @property
@@ -184,7 +186,7 @@ class _Tally:
         if own is not None:
             self._own.update(wanted, own)
             self._has_own = True
-        self._codes.update(got)
+        self._codes.update(wanted, got)
         self._absmax = torch.maximum(self._absmax, as_float(got).abs().amax().float())
         if ranges:
             self._ranges = self._ranges or Ranges(wanted.shape[-1], self._device)
@@ -198,6 +200,7 @@ class _Tally:
             own_snr_db=self._own.snr_db if self._has_own else None,
             absmax=float(self._absmax),
             at_limit=self._codes.at_limit,
+            clipped=self._codes.clipped,
             range=None if self._ranges is None else self._ranges.report(),
         )
 

@@ -118,21 +118,27 @@ class Ranges:
 
 
 class Codes:
-    """How the int8 codes of a site use their range; nothing of floats."""
+    """How the int8 codes of a site use their range; shares are None where there are no codes."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._at_limit = torch.zeros((), dtype=torch.int64, device=device)
+        self._at_limit, self._clipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self._count = 0
 
-    def update(self, x: Activation) -> None:
+    def update(self, wanted: Tensor, x: Activation) -> None:
         if isinstance(x, Quantized):
             self._at_limit += ((x.codes >= INT8_LIMIT) | (x.codes <= -INT8_LIMIT)).sum()
+            self._clipped += (wanted.abs() > (INT8_LIMIT + 0.5) * x.scale).sum()
             self._count += x.codes.numel()
 
     @property
     def at_limit(self) -> float | None:
-        """The share of codes at or beyond +-127, so clipped or all but; None without codes."""
+        """The share of codes at or beyond +-127."""
         return int(self._at_limit) / self._count if self._count else None
+
+    @property
+    def clipped(self) -> float | None:
+        """The share of the float model's values that are beyond what the codes can say."""
+        return int(self._clipped) / self._count if self._count else None
 
 
 @dataclass(frozen=True)

@@ -235,22 +235,22 @@ def _site_row(site: SiteReport) -> list[str]:
         r = site.range
         values = (r.absmax, r.percentiles["99.9"], r.std, r.kurtosis, r.outlier_ratio)
         cells += [f"{value:.3g}" for value in values]
-    return [*cells, "-" if site.at_limit is None else f"{100 * site.at_limit:.3f}"]
+    return [*cells, "-" if site.clipped is None else f"{100 * site.clipped:.3f}"]
 
 
 def _notable(analysis: Analysis) -> list[str]:
-    """The strongest outliers, and the codes that are at their limits most often."""
+    """The strongest outliers, and where most values are clipped."""
     ranged = [(site, site.range) for site in analysis.sites if site.range is not None]
     ranged.sort(key=lambda pair: -pair[1].outlier_ratio)
     outliers = [
         f"{_place(site)} channel {r.outlier_channels[0][0]} ({r.absmax:.3g}, {r.outlier_ratio:.1f} x)"
         for site, r in ranged[:_NOTABLE]
     ]
-    limits = [(site, site.at_limit) for site in analysis.sites if site.at_limit]
-    limits.sort(key=lambda pair: -pair[1])
-    clipped = [f"{_place(site)} ({100 * share:.3f}%)" for site, share in limits[:_NOTABLE]]
+    shares = [(site, site.clipped) for site in analysis.sites if site.clipped]
+    shares.sort(key=lambda pair: -pair[1])
+    clipped = [f"{_place(site)} ({100 * share:.3f}%)" for site, share in shares[:_NOTABLE]]
     lines = [f"Largest channels, next to the median one: {'; '.join(outliers)}."] if outliers else []
-    return lines + ([f"Most codes at +-127: {'; '.join(clipped)}."] if clipped else [])
+    return lines + ([f"Most values clipped: {'; '.join(clipped)}."] if clipped else [])
 
 
 def _by_layer(values: Sequence[tuple[int | None, str, float]]) -> str:
