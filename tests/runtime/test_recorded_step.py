@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
 from torch import Tensor
-from variants import calibration_set, shipped, with_state
+from variants import RMS_VARIANTS, calibration_set, rounded, shipped, with_state
 
 from quamba.kernels.cpu import library
 from quamba.kernels.cpu.recording import NotRecordableError, record
 from quamba.kernels.registry import REFERENCE, choose_kernels
+from quamba.models.config import ModelConfig
 from quamba.models.lm import MambaLM
 from quamba.quantization.pipeline import quantize_model
 from quamba.runtime.decode import decode_step
@@ -27,18 +28,21 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def quantized(family: str, recipe: str, state: str = "fp16") -> MambaLM:
-    model, _ = quantize_model(
-        tiny_model(tiny_config(family)), with_state(shipped(recipe), state), calibration_set()
-    )
-    return model.set_compute_dtype(torch.float32).use_kernels(choose_kernels(torch.device("cpu"), "cpu"))
+def placed(network: MambaLM) -> MambaLM:
+    compiled = choose_kernels(torch.device("cpu"), "cpu")
+    return network.set_compute_dtype(torch.float32).use_kernels(compiled)
+
+
+def quantized(config: ModelConfig, recipe: str, state: str = "fp16") -> MambaLM:
+    asked = rounded(with_state(shipped(recipe, config), state))
+    return placed(quantize_model(tiny_model(config), asked, calibration_set(config))[0])
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "w4a16"])
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.inference_mode()
 def test_it_is_the_step_leaf_by_leaf(family: str, recipe: str, batch: int) -> None:
-    network = quantized(family, recipe)
+    network = quantized(tiny_config(family), recipe)
     prompt = torch.arange(batch * 5).view(batch, 5) % 50
     cache = network.new_cache(batch)
     network(prompt, cache)
@@ -53,9 +57,22 @@ def test_it_is_the_step_leaf_by_leaf(family: str, recipe: str, batch: int) -> No
         assert torch.equal(mine.ssm_state, theirs.ssm_state)
 
 
+@pytest.mark.parametrize("variant", list(RMS_VARIANTS))
+@torch.inference_mode()
+def test_every_variant_has_one(variant: str) -> None:
+    config = RMS_VARIANTS[variant]
+    network = quantized(config, "w8a8")
+    cache, twin = network.new_cache(1), network.new_cache(1)
+    step = recorded_step(network, cache)
+    assert isinstance(step, RecordedStep), step
+    for i in range(3):
+        ids = torch.tensor([i])
+        assert torch.equal(step(ids), decode_step(network, ids, twin))
+
+
 @torch.inference_mode()
 def test_states_of_codes(family: str) -> None:
-    network = quantized(family, "w8a8", "int8")
+    network = quantized(tiny_config(family), "w8a8", "int8")
     cache, twin = network.new_cache(2), network.new_cache(2)
     step = recorded_step(network, cache)
     assert isinstance(step, RecordedStep), step
@@ -65,7 +82,7 @@ def test_states_of_codes(family: str) -> None:
 
 
 def test_recording_runs_nothing(family: str) -> None:
-    network = quantized(family, "w8a8")
+    network = quantized(tiny_config(family), "w8a8")
     cache = network.new_cache(1)
     before = cache.clone()
     assert isinstance(recorded_step(network, cache), RecordedStep)
@@ -102,7 +119,7 @@ def test_what_torch_computes_has_no_program() -> None:
 
 
 def test_how_a_model_is_decoded(family: str) -> None:
-    network = quantized(family, "w4a8")
+    network = quantized(tiny_config(family), "w4a8")
     assert describe_step(network).startswith("one call of ")
     assert "op by op" in describe_step(network.use_kernels(REFERENCE))
     cache = network.new_cache(1)
