@@ -147,6 +147,7 @@ def test_a_line_that_begins_with_a_space_is_no_command(chat: Chat) -> None:
         ("/", "There is no '/'"),
         ("/save", "/save lacks a file name, expected /save FILE."),
         ("/load nowhere", "'nowhere' does not exist"),
+        ("/save none/talk", "'none/talk' is in no folder that exists; make 'none' first."),
         ("/save eval.txt", "'eval.txt' is no saved conversation; choose another name"),
         ("/undo", "There is no turn to take back."),
         ("/undo 2", "/undo takes nothing after it, but there is '2'."),
@@ -203,7 +204,8 @@ def test_bytes_that_are_no_text(repo_root: Path, here: Path) -> None:
         check=False,
     )
     assert b"Traceback" not in done.stderr
-    assert (done.returncode, done.stderr[:36]) == (2, b"Error: Standard input is no UTF-8 te")
+    last = done.stderr.splitlines()[-1]  # a machine without fast kernels is told so before
+    assert (done.returncode, last[:36]) == (2, b"Error: Standard input is no UTF-8 te")
 
 
 def test_control_c_at_the_prompt_does_not_leave(

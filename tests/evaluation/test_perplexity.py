@@ -111,7 +111,9 @@ def test_batches_progress_and_max_windows() -> None:
     assert result.nll_mean == pytest.approx(exact, rel=1e-7)
     assert result.perplexity == math.exp(result.nll_mean)
     assert result.seconds > 0
-    assert json.loads(json.dumps(result.to_dict()))["tokens_scored"] == 55
+    stated = json.loads(json.dumps(result.to_dict()))
+    assert stated["tokens_scored"] == 55
+    assert stated["stride"] == stated["window_length"] == result.window_length
 
 
 def test_batch_size_changes_no_bit() -> None:

@@ -45,6 +45,11 @@ def test_unknown_names_get_the_nearest(tmp_path: Path) -> None:
         load_text(tmp_path / "a.csv")
 
 
+def test_a_folder_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(QuambaError, match="is a folder, expected a"):
+        load_text(tmp_path)
+
+
 def fake_datasets(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[tuple[tuple, dict]]:
     """A stand-in for the datasets library that records what it is asked for."""
     asked = []

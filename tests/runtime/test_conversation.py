@@ -629,7 +629,7 @@ def test_saving_again_replaces_a_conversation_only(
         with pytest.raises(QuambaError, match="is no saved conversation; choose another name"):
             conversation.save(tmp_path / name)
         assert before == ((tmp_path / "text").read_bytes(), (tmp_path / "weights").read_bytes())
-    with pytest.raises(QuambaError, match="cannot be written"):
+    with pytest.raises(QuambaError, match="is in no folder that exists; make"):
         conversation.save(tmp_path / "no" / "such" / "folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["talk", "text", "weights"]
 

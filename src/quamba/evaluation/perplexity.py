@@ -39,9 +39,14 @@ class PerplexityResult:
     seconds: float
     rule: str = RULE
 
+    @property
+    def stride(self) -> int:
+        """Tokens from the start of one window to that of the next: windows do not overlap."""
+        return self.window_length
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, for logs and reports."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "stride": self.stride}
 
 
 def windows(ids: Tensor | Sequence[int], length: int) -> Tensor:

@@ -50,6 +50,10 @@ def load_text(name_or_path: str | Path) -> EvalText:
     name = str(name_or_path)
     if name in _NAMED:
         return _NAMED[name]()
+    if path.is_dir():
+        raise QuambaError(
+            f"The evaluation text '{name_or_path}' is a folder, expected a .txt or .jsonl file of it."
+        )
     if path.parent != Path(".") or path.suffix:
         raise no_such_path(path, "a .txt or .jsonl file, or one of " + ", ".join(_NAMED))
     listed = ", ".join(repr(n) for n in _NAMED)

@@ -68,6 +68,8 @@ def write_conversation(path: str | Path, stored: Stored, network: MambaLM, token
     path = Path(path).expanduser()
     if path.exists():
         _open(path, "; choose another name to save to")
+    elif not path.parent.is_dir():
+        raise QuambaError(f"'{path}' is in no folder that exists; make '{path.parent}' first.")
     fields = {
         "model": _identity(network, tokenizer),
         "system": stored.system,
