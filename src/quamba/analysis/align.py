@@ -156,9 +156,10 @@ def _differences(
 ) -> dict[Need, str]:
     found: dict[Need, str] = {}
     if _is_rotated(network) != _is_rotated(reference):
-        found["rotation"] = "one of the models is rotated, and the other is quantized and cannot be"
+        found["rotation"] = "only one of the models is rotated, and a quantized reference cannot be rewritten"
     if _is_folded(network) != _is_folded(reference):
-        found["norms"] = "one of the models has its norms' weights in the projections, and the other not"
+        found["norms"] = "only one of the models has its norms' weights in the projections, and a quantized reference cannot"
+            " be rewritten"
     if orders is None or reference_orders is None:
         found["order"] = "the order of heads and channels of one of two quantized models is not known"
     elif _permutations(orders) != _permutations(reference_orders):
