@@ -21,6 +21,13 @@
 
 #define QB_INLINE static inline __attribute__((always_inline))
 
+// Before a loop over registers, whose count the compiler knows.
+#if defined(__clang__)
+#define QB_UNROLL _Pragma("unroll")
+#else
+#define QB_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace QB_ISA {
 
 #if defined(__AVX512F__)
@@ -116,6 +123,20 @@ QB_INLINE int32_t sum(vi v) {
 #endif
 }
 
+/// The sum of v[i] in lane i, of kFloats vectors, which are overwritten.
+template <int kStep = 1>
+QB_INLINE vf sums_of(vf *v) {
+    if constexpr (kStep < kFloats) {
+        const vi odd = (lanes() & kStep) != 0;
+        QB_UNROLL
+        for (int i = 0; i < kFloats; i += 2 * kStep)
+            v[i] = (odd ? v[i + kStep] : v[i]) + swap_lanes<kStep>(odd ? v[i] : v[i + kStep]);
+        return sums_of<2 * kStep>(v);
+    } else {
+        return v[0];
+    }
+}
+
 // Integers of floats in the range of int32, to nearest, ties to even.
 QB_INLINE vi round_even(vf v) {
 #if defined(__AVX512F__)
@@ -175,7 +196,7 @@ QB_INLINE vf vlog(vf x) {
     return m + y + k * 0.693359375f;
 }
 
-// 2^(time * rate) for products <= 0. What is below 2^-126 may be 0 or 2^-126.
+// 2^(time * rate) for products below 127. What is below 2^-126 may be 0 or 2^-126.
 QB_INLINE vf vdecay(vf time, vf rate) {
 #if defined(__AVX512F__)
     const __m512 whole = _mm512_roundscale_ps((__m512)(time * rate), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -212,7 +233,20 @@ QB_INLINE vf vsoftplus(vf v) {
     return vmax(v, vf{}) + (2.0f * s + 2.0f * s * q * p);
 }
 
-QB_INLINE vf vsilu(vf v) { return v / (1.0f + vexp(-v)); }
+/// 1 / v of normal floats, up to two of its last digits.
+QB_INLINE vf vreciprocal(vf v) {
+#if defined(__AVX512F__)
+    const vf r = (vf)_mm512_rcp14_ps((__m512)v);
+    return r * (2.0f - v * r);
+#else
+    return 1.0f / v;
+#endif
+}
+
+QB_INLINE vf vsilu(vf v) {
+    // Beyond 80 the result is v or, but for 1e-33, 0.
+    return v * vreciprocal(1.0f + vdecay(vmax(vmin(v, splat(80.0f)), splat(-80.0f)), splat(-kLog2E)));
+}
 
 QB_INLINE vf rsqrt_exact(vf v) {
     vf r;
@@ -231,9 +265,14 @@ QB_INLINE vf rsqrt_exact(vf v) {
 // 16-bit floats and codes, a vector of floats at a time.
 
 QB_INLINE vf from_bf16(const uint16_t *p) {
-    const vh_half h = load<vh_half>(p);
+#if defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#elif defined(__AVX2__)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#else
     typedef uint32_t vw __attribute__((vector_size(kBytes)));
-    return (vf)(__builtin_convertvector(h, vw) << 16);
+    return (vf)(__builtin_convertvector(load<vh_half>(p), vw) << 16);
+#endif
 }
 
 QB_INLINE void to_bf16(uint16_t *p, vf v) {
@@ -242,7 +281,14 @@ QB_INLINE void to_bf16(uint16_t *p, vf v) {
     const vw rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const vw nan = (bits >> 16) | 64;
     const vw r = (v != v) ? nan : rounded;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)r));
+#elif defined(__AVX2__)
+    _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128((__m256i)r),
+                                                    _mm256_extracti128_si256((__m256i)r, 1)));
+#else
     store(p, __builtin_convertvector(r, vh_half));
+#endif
 }
 
 QB_INLINE vf from_f16(const uint16_t *p) {
@@ -265,12 +311,27 @@ QB_INLINE void to_f16(uint16_t *p, vf v) {
 #endif
 }
 
-QB_INLINE vi widen(const int8_t *p) { return __builtin_convertvector(load<vb_quarter>(p), vi); }
+// GCC takes such conversions apart into those of single numbers, so the instructions are named.
+QB_INLINE vi widen(const int8_t *p) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#else
+    return __builtin_convertvector(load<vb_quarter>(p), vi);
+#endif
+}
 
-// Integers that fit, as bytes.
+// Integers as bytes: the low eight bits.
 QB_INLINE void narrow(int8_t *p, vi v) {
 #if defined(__AVX512F__)
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(__AVX2__)
+    const __m256i low = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                         0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i four = _mm256_shuffle_epi8((__m256i)v, low);
+    _mm_storel_epi64((__m128i *)p,
+                     _mm_unpacklo_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
 #else
     store(p, __builtin_convertvector(v, vb_quarter));
 #endif
