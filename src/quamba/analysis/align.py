@@ -158,8 +158,7 @@ def _differences(
     if _is_rotated(network) != _is_rotated(reference):
         found["rotation"] = "only one of the models is rotated, and a quantized reference cannot be rewritten"
     if _is_folded(network) != _is_folded(reference):
-        found["norms"] = "only one of the models has its norms' weights in the projections, and a quantized reference cannot"
-            " be rewritten"
+        found["norms"] = "only one of the models has its norms' weights in the projections"
     if orders is None or reference_orders is None:
         found["order"] = "the order of heads and channels of one of two quantized models is not known"
     elif _permutations(orders) != _permutations(reference_orders):
