@@ -68,8 +68,25 @@ QB_INLINE void store(void *p, V v) {
 QB_INLINE vf loadf(const float *p) { return load<vf>(p); }
 QB_INLINE vf splat(float x) { return x - vf{}; }
 QB_INLINE vi spliti(int32_t x) { return x - vi{}; }
-QB_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
-QB_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+// The second if either is NaN. (Compilers make two instructions of such a choice.)
+QB_INLINE vf vmin(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+QB_INLINE vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 QB_INLINE vf vabs(vf v) { return (vf)((vi)v & 0x7fffffff); }
 
 /// The first count values, then zeros; as many as a vector has if count is larger.
@@ -221,11 +238,24 @@ QB_INLINE vf vdecay(vf time, vf rate) {
 }
 constexpr float kLog2E = 1.442695041f;
 
+// 1 / v to the last digit or two, of normal numbers.
+QB_INLINE vf vreciprocal(vf v) {
+#if defined(__AVX512F__)
+    const vf r = (vf)_mm512_rcp14_ps((__m512)v);
+    return r + r * (1.0f - v * r);
+#else
+    return 1.0f / v;
+#endif
+}
+
+// exp(-|v|)
+QB_INLINE vf vexp_below(vf v) { return vdecay(vmin(vabs(v), splat(100.0f)), splat(-kLog2E)); }
+
 // log(1 + exp(v)); above 20 that is v.
 QB_INLINE vf vsoftplus(vf v) {
-    const vf e = vdecay(vabs(v), splat(-kLog2E));
+    const vf e = vexp_below(v);
     // log(1 + e) = 2 artanh(e / (2 + e))
-    const vf s = e / (2.0f + e), q = s * s;
+    const vf s = e * vreciprocal(2.0f + e), q = s * s;
     vf p = splat(1.400599734e-1f);
     p = p * q + 1.400090228e-1f;
     p = p * q + 2.001076445e-1f;
@@ -233,19 +263,9 @@ QB_INLINE vf vsoftplus(vf v) {
     return vmax(v, vf{}) + (2.0f * s + 2.0f * s * q * p);
 }
 
-/// 1 / v of normal floats, up to two of its last digits.
-QB_INLINE vf vreciprocal(vf v) {
-#if defined(__AVX512F__)
-    const vf r = (vf)_mm512_rcp14_ps((__m512)v);
-    return r * (2.0f - v * r);
-#else
-    return 1.0f / v;
-#endif
-}
-
 QB_INLINE vf vsilu(vf v) {
-    // Beyond 80 the result is v or, but for 1e-33, 0.
-    return v * vreciprocal(1.0f + vdecay(vmax(vmin(v, splat(80.0f)), splat(-80.0f)), splat(-kLog2E)));
+    const vf e = vexp_below(v);
+    return (v < 0.0f ? v * e : v) * vreciprocal(1.0f + e);
 }
 
 QB_INLINE vf rsqrt_exact(vf v) {
@@ -334,6 +354,17 @@ QB_INLINE void narrow(int8_t *p, vi v) {
                      _mm_unpacklo_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
 #else
     store(p, __builtin_convertvector(v, vb_quarter));
+#endif
+}
+
+/// The nearest integers, ties to even, as far as bytes hold them.
+QB_INLINE void narrow_saturated(int8_t *p, vf v) {
+#if defined(__AVX512F__)
+    // Integers of what is too negative are the smallest ones, those of what is too large would be, too.
+    const __m512i whole = _mm512_cvtps_epi32((__m512)vmin(v, splat(2e9f)));
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(whole));
+#else
+    narrow(p, round_even(vmin(vmax(v, splat(-128.0f)), splat(127.0f))));
 #endif
 }
 

@@ -5,7 +5,7 @@
 namespace QB_ISA {
 
 constexpr int64_t kChannels = 64;               // of a tile of a prompt
-constexpr int64_t kTokens = 64;                 // of a tile of a prompt
+constexpr int64_t kTokens = 63;                 // of a tile of a prompt; odd, or blocks would share sets of the cache
 constexpr int64_t kFew = 4;                     // tokens that are no prompt
 constexpr int64_t kFewChannels = 256;           // of a tile of those
 constexpr int kStates = kFloats == 8 ? 4 : 16;  // of each channel, in registers at a time
@@ -199,34 +199,49 @@ static void store_lines(const QbSelectiveScan &a, const Tile &t, int64_t batch, 
     write_row(all, 0, 0, from, values, t.state);
 }
 
-/// One token of kFloats channels of a tile with states as they lie in memory: whole vectors of a channel.
+/// One token of kFloats channels of a tile with states as they lie in memory, in kVectors.
+template <int kVectors>
 static void step_block(const QbSelectiveScan &a, const Tile &t, int64_t slot, int64_t first, int64_t count,
                        int64_t block) {
-    const int64_t at = (block * t.tokens + slot) * kFloats, n_state = a.d_state;
-    const float *B = t.B + slot * t.states, *C = t.C + slot * t.states;
+    const int64_t at = (block * t.tokens + slot) * kFloats, n_state = kVectors * kFloats;
+    const int64_t lanes = least(count - block * kFloats, (int64_t)kFloats);
+    const float *rate = a.A + (first + block * kFloats) * n_state;
+    float *state = t.state + block * kFloats * n_state;
+    vf B[kVectors], C[kVectors];
+    for (int n = 0; n < kVectors; ++n) {
+        B[n] = loadf(t.B + slot * t.states + n * kFloats);
+        C[n] = loadf(t.C + slot * t.states + n * kFloats);
+    }
     float scaled[kFloats];
     store(scaled, loadf(t.delta + at) * kLog2E);
     vf products[kFloats] = {};
-    for (int64_t n = 0; n < n_state; n += kFloats) {
-        const vf b = loadf(B + n), c = loadf(C + n);
-        QB_UNROLL
-        for (int i = 0; i < kFloats; ++i) {
-            const int64_t channel = least(block * kFloats + i, count - 1);
-            float *state = t.state + channel * n_state + n;
-            const vf decay = vdecay(splat(scaled[i]), loadf(a.A + (first + channel) * n_state + n));
-            const vf h = decay * loadf(state) + t.input[at + i] * b;
-            if (block * kFloats + i < count) store(state, h);
-            products[i] += h * c;
+    for (int64_t i = 0; i < lanes; ++i) {
+        const vf time = splat(scaled[i]), input = splat(t.input[at + i]);
+        vf product = {};
+        for (int n = 0; n < kVectors; ++n) {
+            float *p = state + i * n_state + n * kFloats;
+            const vf h = vdecay(time, loadf(rate + i * n_state + n * kFloats)) * loadf(p) + input * B[n];
+            store(p, h);
+            product += h * C[n];
         }
+        products[i] = product;
     }
     store(t.y + at, loadf(t.y + at) + sums_of(products));
 }
 
+/// The vectors of states that step_block has been made for; 0 for other sizes.
+static int64_t step_vectors(int64_t d_state) {
+    const int64_t vectors = d_state / kFloats;
+    return d_state % kFloats || vectors == 3 || vectors > 4 ? 0 : vectors;
+}
+
 static void step_tile(const QbSelectiveScan &a, const Tile &t, int64_t batch, int64_t first, int64_t count) {
+    const int64_t vectors = step_vectors(a.d_state);
+    const auto step = vectors == 1 ? step_block<1> : vectors == 2 ? step_block<2> : step_block<4>;
     load_lines(a, t, batch, first, count);
     for (int64_t s = 0; s < a.length; ++s) {
         read_token(a, t, batch, s, first, count, s);
-        for (int64_t b = 0; b * kFloats < count; ++b) step_block(a, t, s, first, count, b);
+        for (int64_t b = 0; b * kFloats < count; ++b) step(a, t, s, first, count, b);
         write_token(a, t, batch, s, first, count, s);
     }
     if (a.state.data) store_lines(a, t, batch, first, count);
@@ -234,7 +249,7 @@ static void step_tile(const QbSelectiveScan &a, const Tile &t, int64_t batch, in
 
 void selective_scan(const void *args) {
     const QbSelectiveScan &a = *(const QbSelectiveScan *)args;
-    const bool few = a.length <= kFew && a.d_state % kFloats == 0;
+    const bool few = a.length <= kFew && step_vectors(a.d_state);
     const int64_t width = few ? kFewChannels : kChannels, tokens = few ? kFew : kTokens;
     const int64_t tiles = (a.channels + width - 1) / width, total = a.batch * tiles;
     float *inverse = nullptr;
