@@ -69,11 +69,18 @@ def test_several_of_each_prompt(run: Run, prompts: Path) -> None:
     draws = ("--topk", 0, "--temperature", 30, "--num_return", 3)
     found = generate(run, "--prompt_file", "prompts.txt", *draws, "--batch_size", 4)["generations"]
     assert [generation["prompt"] for generation in found] == [line for line in LINES for _ in range(3)]
-    assert len({tuple(generation["ids"]) for generation in found}) == 9  # batches draw differently too
+    assert len({tuple(generation["ids"]) for generation in found}) == 9
     again = generate(run, "--prompt_file", "prompts.txt", *draws, "--batch_size", 4)["generations"]
     assert again == found
     other = generate(run, "--prompt_file", "prompts.txt", *draws, "--batch_size", 4, "--seed", 3)
     assert other["generations"] != found
+
+
+def test_batches_draw_differently(run: Run, here: Path) -> None:
+    (here / "one.txt").write_text("the sea")
+    draws = ("--topk", 0, "--temperature", 30, "--num_return", 6, "--batch_size", 2)
+    found = generate(run, "--prompt_file", "one.txt", *draws)["generations"]
+    assert len({tuple(generation["ids"]) for generation in found}) == 6
 
 
 def test_several_greedy_ones_are_the_same(run: Run, here: Path) -> None:
