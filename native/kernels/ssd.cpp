@@ -34,7 +34,7 @@ struct Sizes {
         width = panels * kWide;
         b_row = (d_state + 15) / 16 * 16 + 16;  // not a power of two: rows would share sets of the L1 cache
         group_floats = kChunk * d_state + kChunk * b_row + kChunk * kChunk;
-        group_floats = (group_floats + 15) / 16 * 16;
+        group_floats = (group_floats + 15) / 16 * 16 + kFloats;  // the last row may be read a vector too far
         state_floats = panels * d_state * kWide;
     }
 };
@@ -102,44 +102,99 @@ void share(const QbSsd &op, const Sizes &s, int64_t b, int64_t g, int64_t start,
 
 // The state of a head as floats, and back.
 
-QB_INLINE float scale_of(const QbState &state, int64_t channel, int64_t n) {
-    const int64_t row = state.group ? state.group[channel] : state.scale_rows == 1 ? 0 : channel;
-    return state.scale[row * state.scale_columns + (state.scale_columns == 1 ? 0 : n)];
+QB_INLINE int64_t scale_row(const QbState &state, int64_t channel) {
+    return state.group ? state.group[channel] : state.scale_rows == 1 ? 0 : channel;
 }
 
-/// One row of the state as a tensor; the scale of rows is a number or as long as they are.
+/// The state as rows of a tensor, with the scale of one channel: a number, or as long as a row.
 QB_INLINE QbTensor state_rows(const QbState &state, int64_t channel, int64_t d_state) {
-    const int64_t row = state.group ? state.group[channel] : state.scale_rows == 1 ? 0 : channel;
-    const float *scale = state.scale ? state.scale + row * state.scale_columns : nullptr;
+    const float *scale = state.scale ? state.scale + scale_row(state, channel) * state.scale_columns : nullptr;
     return {state.data, scale, 0, d_state, state.dtype, state.scale_columns == 1 ? 0 : 1};
 }
 
-/// Channels [first, first + count) of the batch's states; whether one of them is not zero.
-bool read_state(const QbSsd &op, const Sizes &s, int64_t b, int64_t h, float *out, float *row) {
-    if (s.width != s.headdim) __builtin_memset(out, 0, 4 * s.state_floats);
-    bool any = false;
-    for (int64_t p = 0; p < s.headdim; ++p) {
-        const int64_t channel = h * s.headdim + p;
-        const QbTensor rows = state_rows(op.state, channel, s.d_state);
-        read_row(row, rows, 0, b * s.heads * s.headdim + channel, 0, s.d_state);
-        float *column = out + p / kWide * s.d_state * kWide + p % kWide;
-        for (int64_t n = 0; n < s.d_state; ++n) {
-            column[n * kWide] = row[n];
-            any |= row[n] != 0.0f;
+#if defined(__clang__)
+template <int kHalf>
+QB_INLINE vf zip(vf a, vf b) {
+    vf r;
+    for (int i = 0; i < kFloats; ++i) r[i] = i % 2 ? b[kHalf + i / 2] : a[kHalf + i / 2];
+    return r;
+}
+#else
+template <int kHalf>
+QB_INLINE vf zip(vf a, vf b) {
+    return __builtin_shuffle(a, b, kHalf + lanes() / 2 + lanes() % 2 * kFloats);
+}
+#endif
+
+/// kFloats rows at `in` become columns at `out`.
+QB_INLINE void transpose(const float *in, int64_t in_row, float *out, int64_t out_row, int64_t out_rows) {
+    vf v[kFloats], w[kFloats];
+    QB_UNROLL
+    for (int i = 0; i < kFloats; ++i) v[i] = loadf(in + i * in_row);
+    QB_UNROLL
+    for (int width = 1; width < kFloats; width *= 2) {
+        QB_UNROLL
+        for (int i = 0; i < kFloats / 2; ++i) {
+            w[2 * i] = zip<0>(v[i], v[i + kFloats / 2]);
+            w[2 * i + 1] = zip<kFloats / 2>(v[i], v[i + kFloats / 2]);
         }
+        QB_UNROLL
+        for (int i = 0; i < kFloats; ++i) v[i] = w[i];
     }
-    return any;
+    if (out_rows >= kFloats) {
+        QB_UNROLL
+        for (int i = 0; i < kFloats; ++i) store(out + i * out_row, v[i]);
+    } else {
+        for (int i = 0; i < out_rows; ++i) store(out + i * out_row, v[i]);
+    }
 }
 
-void write_state(const QbSsd &op, const Sizes &s, int64_t b, int64_t h, const float *in, float *row) {
-    for (int64_t p = 0; p < s.headdim; ++p) {
-        const int64_t channel = h * s.headdim + p;
-        const float *column = in + p / kWide * s.d_state * kWide + p % kWide;
-        for (int64_t n = 0; n < s.d_state; ++n) row[n] = column[n * kWide];
-        if (op.state.dtype == QB_F16)
-            for (int64_t n = 0; n < s.d_state; ++n)
-                row[n] = row[n] > 65504.0f ? 65504.0f : row[n] < -65504.0f ? -65504.0f : row[n];
-        write_row(state_rows(op.state, channel, s.d_state), 0, b * s.heads * s.headdim + channel, 0, s.d_state, row);
+/// Whether the state of one head is not zero. rows: kFloats of padded(d_state).
+bool read_state(const QbSsd &op, const Sizes &s, int64_t b, int64_t h, float *out, float *rows) {
+    const int64_t N = s.d_state, wide = padded(N);
+    if (s.width != s.headdim) __builtin_memset(out, 0, (size_t)(4 * s.state_floats));
+    vi any = {};
+    for (int64_t first = 0; first < s.headdim; first += kFloats) {
+        const int64_t count = least(kFloats, s.headdim - first);
+        if (count < kFloats || N < wide) __builtin_memset(rows, 0, (size_t)(4 * kFloats * wide));
+        for (int64_t p = 0; p < count; ++p) {
+            const int64_t channel = h * s.headdim + first + p;
+            const QbTensor all = state_rows(op.state, channel, N);
+            read_row(rows + p * wide, all, 0, b * s.heads * s.headdim + channel, 0, N);
+            for (int64_t n = 0; n < wide; n += kFloats) any |= load<vi>(rows + p * wide + n);
+        }
+        float *columns = out + first / kWide * N * kWide + first % kWide;
+        for (int64_t n = 0; n < N; n += kFloats) transpose(rows + n, wide, columns + n * kWide, kWide, N - n);
+    }
+    any &= 0x7fffffff;
+    for (int i = 1; i < kFloats; ++i) any[0] |= any[i];
+    return any[0] != 0;
+}
+
+void write_state(const QbSsd &op, const Sizes &s, int64_t b, int64_t h, const float *in, float *rows) {
+    const int64_t N = s.d_state, wide = padded(N);
+    const vf limit = splat(op.state.dtype == QB_F16 ? 65504.0f : __builtin_inff());
+    for (int64_t first = 0; first < s.headdim; first += kFloats) {
+        const float *columns = in + first / kWide * N * kWide + first % kWide;
+        for (int64_t n = 0; n < N; n += kFloats) {
+            float end[kFloats * kFloats] = {};
+            const float *from = columns + n * kWide;
+            int64_t step = kWide;
+            if (N - n < kFloats) {
+                for (int64_t i = 0; i < N - n; ++i) store(end + i * kFloats, loadf(from + i * kWide));
+                from = end;
+                step = kFloats;
+            }
+            transpose(from, step, rows + n, wide, kFloats);
+        }
+        for (int64_t p = 0; p < least(kFloats, s.headdim - first); ++p) {
+            const int64_t channel = h * s.headdim + first + p;
+            float *row = rows + p * wide;
+            // In this order a NaN stays one.
+            for (int64_t n = 0; n < wide; n += kFloats) store(row + n, vmin(limit, vmax(-limit, loadf(row + n))));
+            const QbTensor all = state_rows(op.state, channel, N);
+            write_row(all, 0, b * s.heads * s.headdim + channel, 0, N, row);
+        }
     }
 }
 
@@ -163,38 +218,52 @@ QB_INLINE vf delta_of(const QbSsd &op, vf raw) {
     return vmin(vmax(vsoftplus(raw), splat(op.dt_min)), splat(op.dt_max));
 }
 
-/// How fast one head forgets in a chunk. total: sums of delta A from its start on, float64 because differences of
-/// large sums are taken; its last value is repeated to the end.
+QB_INLINE vf exp_of(vf x) { return vdecay(x, splat(kLog2E)); }
+
+/// How fast one head forgets in a chunk. Sums of delta A from its start on are of two floats each, because
+/// differences of large ones are taken; after the last token they stay as they are.
 struct Decay {
-    float delta[kChunk];
-    double total[kChunk];
+    float delta[kChunk + kFloats], high[kChunk + kFloats], low[kChunk + kFloats];
 
     void read(const QbSsd &op, int64_t b, int64_t start, int64_t count, int64_t h) {
         read_dt(op, b, start, count, h, delta);
-        const float bias = op.dt_bias ? op.dt_bias[h] : 0.0f, rate = op.A[h];
-        for (int64_t j = 0; j < kChunk; j += kFloats) store(delta + j, delta_of(op, loadf(delta + j) + bias));
-        double sum = 0.0;
+        const vf bias = splat(op.dt_bias ? op.dt_bias[h] : 0.0f), rate = splat(op.A[h]);
+        float step[kChunk];
+        for (int64_t j = 0; j < kChunk; j += kFloats) {
+            vf v = delta_of(op, loadf(delta + j) + bias);
+            v = lanes() + (int32_t)j < (int32_t)count ? v : vf{};
+            store(delta + j, v);
+        }
+        if (op.mask)
+            for (int64_t j = 0; j < count; ++j)
+                if (!op.mask[b * op.length + start + j]) delta[j] = 0.0f;
+        for (int64_t j = 0; j < kChunk; j += kFloats) store(step + j, loadf(delta + j) * rate);
+        double total = 0.0;
         for (int64_t j = 0; j < kChunk; ++j) {
-            if (j >= count || (op.mask && !op.mask[b * op.length + start + j])) delta[j] = 0.0f;
-            total[j] = sum += (double)(delta[j] * rate);
+            total += (double)step[j];
+            high[j] = (float)total;
+            low[j] = (float)(total - (double)high[j]);
         }
+        store(delta + kChunk, vf{});
+        store(high + kChunk, splat(high[kChunk - 1]));
+        store(low + kChunk, splat(low[kChunk - 1]));
     }
 
-    /// exp(from - total) of all tokens before `end`, in whole vectors.
-    void left(double from, int64_t end, float *out) const {
-        for (int64_t j = 0; j < end; j += kFloats) {
-            float gap[kFloats];
-            for (int i = 0; i < kFloats; ++i) gap[i] = (float)(from - total[j + i]);
-            store(out + j, vexp(loadf(gap)));
-        }
+    /// exp(sum at token i - sums at tokens from j on)
+    vf since(int64_t i, int64_t j) const {
+        return exp_of((high[i] - loadf(high + j)) + (low[i] - loadf(low + j)));
     }
+    /// exp(sums at tokens from i on - sum at token j)
+    vf until(int64_t i, int64_t j) const {
+        return exp_of((loadf(high + i) - high[j]) + (loadf(low + i) - low[j]));
+    }
+    /// exp(sums at tokens from i on)
+    vf entered(int64_t i) const { return exp_of(loadf(high + i) + loadf(low + i)); }
 };
-
-QB_INLINE float exp_of(double x) { return vexp(splat((float)x))[0]; }
 
 // What one head works with.
 struct Work {
-    float *state, *x, *y, *row;
+    float *state, *x, *y, *rows;
     bool any;  // whether the state is not zero
 };
 
@@ -213,46 +282,62 @@ QB_INLINE void output_tile(const Sizes &s, const Work &w, const Shared &shared, 
     multiply<R, kPanel, (int)kChunk>(acc, mix, 1, w.x + panel * kWide, s.width, first + R);
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < kPanel; ++v) {
-            const int64_t at = (first + r) * s.width + panel * kWide + v * kFloats;
-            if (skip) acc[r][v] += loadf(skip + panel * kWide + v * kFloats) * loadf(w.x + at);
-            store(w.y + at, acc[r][v]);
+            const int64_t p = panel * kWide + v * kFloats;
+            if (skip) acc[r][v] += loadf(skip + p) * loadf(w.x + (first + r) * s.width + p);
+            store(w.y + r * s.width + p, acc[r][v]);
         }
 }
 
+/// Asks for the channels of one head and token: the next rows are pages away, where no processor looks ahead.
+template <int WRITE>
+QB_INLINE void prefetch(const QbTensor &t, int64_t b, int64_t token, int64_t first, int64_t count) {
+    const int64_t bytes = t.dtype == QB_F32 ? 4 : t.dtype == QB_I8 ? 1 : 2;
+    const char *p = at(t, b, token) + bytes * first, *end = p + bytes * count;
+    for (; p < end; p += 64) __builtin_prefetch(p, WRITE);
+    __builtin_prefetch(end - 1, WRITE);
+    asm volatile("");  // GCC leaves out calls of functions that do nothing but prefetch
+}
+
+/// before(first, rows), after(first, rows): called around the products of some rows, so that memory is asked for and
+/// written to while others are computed.
+template <class Before, class After>
 void chunk_outputs(const Sizes &s, const Work &w, const Shared &shared, const Decay &decay, const float *skip,
-                   int64_t count) {
-    alignas(64) float mix[kRows * kChunk], left[kChunk], entered[kRows];
+                   int64_t count, const Before &before, const After &after) {
+    alignas(64) float mix[kRows * kChunk + kFloats], left[kChunk], entered[kRows + kFloats], own[kRows + kFloats];
     tiles(count, [&](auto rows, int64_t first) {
         constexpr int R = decltype(rows)::count;
+        before(first, R);
         // Decays to the tile's first token are at most 1, and so are those from there on.
-        const double from = decay.total[first];
-        decay.left(from, first, left);
-        for (int64_t j = 0; j < first; j += kFloats) store(left + j, loadf(left + j) * loadf(decay.delta + j));
+        for (int64_t j = 0; j < first; j += kFloats) store(left + j, decay.since(first, j) * loadf(decay.delta + j));
+        for (int r = 0; r < R; r += kFloats) {
+            store(entered + r, decay.entered(first + r));
+            store(own + r, decay.until(first + r, first));
+        }
+        // What a row writes beyond its end, the next one overwrites.
         for (int r = 0; r < R; ++r) {
-            entered[r] = exp_of(decay.total[first + r]);
-            const float since = exp_of(decay.total[first + r] - from);
             float *out = mix + r * kChunk;
             const float *in = shared.mix + (first + r) * kChunk;
-            for (int64_t j = 0; j < first; j += kFloats) store(out + j, loadf(in + j) * loadf(left + j) * since);
-            for (int i = 0; i < R; ++i) {
+            for (int64_t j = 0; j < first; j += kFloats) store(out + j, loadf(in + j) * loadf(left + j) * own[r]);
+            for (int i = 0; i < R; i += kFloats) {
                 const int64_t j = first + i;
-                const float gap = (float)(decay.total[first + r] - decay.total[j]);
-                out[j] = i <= r ? in[j] * decay.delta[j] * vexp(splat(gap))[0] : 0.0f;
+                const vf v = loadf(in + j) * loadf(decay.delta + j) * decay.since(first + r, j);
+                store(out + j, lanes() + i <= r ? v : vf{});
             }
         }
         for (int64_t panel = 0; panel < s.panels; ++panel)
             output_tile<R>(s, w, shared, mix, skip, entered, first, panel);
+        after(first, R);
     });
 }
 
 /// S <- exp(total of the chunk) S + sum of what its tokens leave at its end.
 void chunk_state(const Sizes &s, const Work &w, const Shared &shared, const Decay &decay, int64_t count) {
     alignas(64) float left[kChunk];
-    const double last = decay.total[kChunk - 1];
-    decay.left(last, kChunk, left);
-    const float kept = exp_of(last);
+    const int64_t last = kChunk - 1;
+    for (int64_t j = 0; j < kChunk; j += kFloats) store(left + j, decay.since(last, j) * loadf(decay.delta + j));
+    const float kept = decay.entered(last)[0];
     for (int64_t j = 0; j < count; ++j) {
-        const vf by = splat(left[j] * decay.delta[j]);
+        const vf by = splat(left[j]);
         for (int64_t p = 0; p < s.width; p += kFloats)
             store(w.x + j * s.width + p, loadf(w.x + j * s.width + p) * by);
     }
@@ -273,16 +358,16 @@ void chunk_state(const Sizes &s, const Work &w, const Shared &shared, const Deca
 /// Tokens [start, stop) of one head. kept: where its state stays between slabs, or NULL if this is the only one.
 void scan_head(const QbSsd &op, const Sizes &s, int64_t b, int64_t h, int64_t start, int64_t stop, const float *shared,
                float *kept) {
-    const int64_t floats = s.state_floats + 2 * kChunk * s.width + s.width + s.d_state + 64;
+    const int64_t floats = s.state_floats + (kChunk + kRows + 1) * s.width + kFloats * padded(s.d_state);
     float *memory = (float *)quamba::scratch(0, 4 * floats);
     Work w;
     w.state = kept ? kept + h * s.state_floats : memory;
     w.x = memory + s.state_floats;
     w.y = w.x + kChunk * s.width;
-    float *skip = w.y + kChunk * s.width;
-    w.row = skip + s.width;
+    float *skip = w.y + kRows * s.width;
+    w.rows = skip + s.width;
     w.any = start > 0;
-    if (!start && op.state.data) w.any = read_state(op, s, b, h, w.state, w.row);
+    if (!start && op.state.data) w.any = read_state(op, s, b, h, w.state, w.rows);
     if (s.width != s.headdim) __builtin_memset(w.x, 0, 4 * kChunk * s.width);
     for (int64_t p = 0; p < s.width; ++p) skip[p] = op.D && p < s.headdim ? op.D[h * s.headdim + p] : 0.0f;
     const int64_t chunks = (stop - start + kChunk - 1) / kChunk, g = h / (s.heads / s.groups);
@@ -293,14 +378,22 @@ void scan_head(const QbSsd &op, const Sizes &s, int64_t b, int64_t h, int64_t st
         decay.read(op, b, from, count, h);
         for (int64_t j = 0; j < count; ++j)
             read_row(w.x + j * s.width, op.x, b, from + j, h * s.headdim, s.headdim);
-        chunk_outputs(s, w, own, decay, op.D ? skip : nullptr, count);
-        for (int64_t j = 0; j < count; ++j)
-            write_row(op.y, b, from + j, h * s.headdim, s.headdim, w.y + j * s.width);
+        const auto ask = [&](int64_t first, int64_t rows) {
+            for (int64_t t = from + first; t < from + first + rows; ++t) {
+                prefetch<1>(op.y, b, t, h * s.headdim, s.headdim);
+                if (t + kChunk < stop) prefetch<0>(op.x, b, t + kChunk, h * s.headdim, s.headdim);
+            }
+        };
+        const auto write = [&](int64_t first, int64_t rows) {
+            for (int64_t r = 0; r < rows; ++r)
+                write_row(op.y, b, from + first + r, h * s.headdim, s.headdim, w.y + r * s.width);
+        };
+        chunk_outputs(s, w, own, decay, op.D ? skip : nullptr, count, ask, write);
         if (!op.state.data && from + count == op.length) return;
         chunk_state(s, w, own, decay, count);
         w.any = true;
     }
-    if (stop == op.length && op.state.data) write_state(op, s, b, h, w.state, w.row);
+    if (stop == op.length && op.state.data) write_state(op, s, b, h, w.state, w.rows);
 }
 
 void scan(const QbSsd &op) {
@@ -333,130 +426,149 @@ template <int DTYPE>
 QB_INLINE void put_state(char *p, int64_t i, vf v) {
     if (DTYPE == QB_F32) store((float *)p + i, v);
     if (DTYPE == QB_BF16) to_bf16((uint16_t *)p + i, v);
-    // In this order a NaN stays one.
-    if (DTYPE == QB_F16) to_f16((uint16_t *)p + i, vmin(splat(65504.0f), vmax(splat(-65504.0f), v)));
-    if (DTYPE == QB_I8) narrow((int8_t *)p + i, round_even(vmin(vmax(v, splat(-128.0f)), splat(127.0f))));
+    if (DTYPE == QB_F16) {
+        // Infinity becomes the largest number, one below in bits; a NaN stays one.
+        uint16_t bits[kFloats];
+        to_f16(bits, v);
+        const vh_half half = load<vh_half>(bits);
+        store((uint16_t *)p + i, half + (vh_half)((half & 0x7fff) == 0x7c00));
+    }
+    if (DTYPE == QB_I8) narrow_saturated((int8_t *)p + i, v);
 }
 
 constexpr int kTogether = 4;  // channels
 
-/// The scales of a state's rows: what a code is worth, and how many codes one is.
-struct RowScales {
-    const float *scale, *inverse;
-    int64_t step;  // 0: one number
+/// What a channel needs besides its row of the state: delta x, and B and C.
+struct Channel {
+    float driven;
+    const float *B, *C;
 };
 
-/// R channels of one head advance by a token. B and C are padded with zeros to whole vectors, as is nothing else.
-template <int DTYPE, int R>
-QB_INLINE void advance(char *const (&rows)[R], const RowScales (&scales)[R], const float *driven, float kept,
-                       const float *B, const float *C, int64_t d_state, float *y) {
-    vf sums[R] = {};
+/// R channels of one head advance by a token. ONE: they share B and C. What they give y is still to be added up.
+/// Codes of a state advance in their own unit: then B is that of one step of the scale, and C times the scale.
+template <int DTYPE, bool ONE, int R>
+QB_INLINE void advance(char *row, int64_t d_state, float kept, const Channel *channels, vf *sums) {
+    constexpr int64_t size = DTYPE == QB_F32 ? 4 : DTYPE == QB_I8 ? 1 : 2;
+    const int64_t step = d_state * size;
+    Channel own[R];
+    vf total[R] = {};
+    for (int r = 0; r < R; ++r) own[r] = channels[r];
     int64_t n = 0;
-    for (; n + kFloats <= d_state; n += kFloats) {
-        const vf b = loadf(B + n), c = loadf(C + n);
+    for (; n + kFloats <= d_state; n += kFloats)
         for (int r = 0; r < R; ++r) {
-            vf v = state_vector<DTYPE>(rows[r], n) * kept;
-            if (DTYPE == QB_I8) v *= scales[r].step ? loadf(scales[r].scale + n) : splat(*scales[r].scale);
-            v += driven[r] * b;
-            sums[r] += v * c;
-            if (DTYPE == QB_I8) v *= scales[r].step ? loadf(scales[r].inverse + n) : splat(*scales[r].inverse);
-            put_state<DTYPE>(rows[r], n, v);
+            const Channel &c = own[ONE ? 0 : r];
+            const vf v = state_vector<DTYPE>(row + r * step, n) * kept + own[r].driven * loadf(c.B + n);
+            total[r] += v * loadf(c.C + n);
+            put_state<DTYPE>(row + r * step, n, v);
         }
-    }
     if (n < d_state) {
-        constexpr int64_t size = DTYPE == QB_F32 ? 4 : DTYPE == QB_I8 ? 1 : 2;
         const size_t rest = (size_t)((d_state - n) * size);
         for (int r = 0; r < R; ++r) {
-            char codes[kBytes] = {};
-            __builtin_memcpy(codes, rows[r] + n * size, rest);
-            vf v = state_vector<DTYPE>(codes, 0) * kept, back = {};
-            if (DTYPE == QB_I8) {
-                float by[kFloats] = {}, inverse[kFloats] = {};
-                for (int64_t i = 0; i < d_state - n; ++i) {
-                    by[i] = scales[r].scale[scales[r].step * (n + i)];
-                    inverse[i] = scales[r].inverse[scales[r].step * (n + i)];
-                }
-                v *= loadf(by);
-                back = loadf(inverse);
-            }
-            v += driven[r] * loadf(B + n);
-            sums[r] += v * loadf(C + n);
-            if (DTYPE == QB_I8) v *= back;
-            put_state<DTYPE>(codes, 0, v);
-            __builtin_memcpy(rows[r] + n * size, codes, rest);
+            const Channel &c = own[ONE ? 0 : r];
+            char stored[kBytes] = {};
+            __builtin_memcpy(stored, row + r * step + n * size, rest);
+            const vf v = state_vector<DTYPE>(stored, 0) * kept + own[r].driven * loadf(c.B + n);
+            total[r] += v * loadf(c.C + n);
+            put_state<DTYPE>(stored, 0, v);
+            __builtin_memcpy(row + r * step + n * size, stored, rest);
         }
     }
-    for (int r = 0; r < R; ++r) y[r] = sum(sums[r]);
+    for (int r = 0; r < R; ++r) sums[r] = total[r];
 }
 
-template <int DTYPE>
-void step_head(const QbSsd &op, int64_t b, int64_t h, const float *inverse, const float *x, const float *B,
-               const float *C, float delta, float *y) {
+template <int DTYPE, bool ONE>
+void advance_head(const QbSsd &op, int64_t first, float kept, const Channel *channels, float *y) {
     constexpr int64_t size = DTYPE == QB_F32 ? 4 : DTYPE == QB_I8 ? 1 : 2;
-    const float kept = exp_of((double)(delta * op.A[h]));
-    auto some = [&](auto count, int64_t p) {
-        constexpr int R = decltype(count)::count;
-        char *rows[R];
-        RowScales scales[R];
-        float driven[R];
-        for (int r = 0; r < R; ++r) {
-            const int64_t channel = h * op.headdim + p + r;
-            rows[r] = (char *)op.state.data + size * (b * op.heads * op.headdim + channel) * op.d_state;
-            driven[r] = x[p + r] * delta;
-            if (DTYPE == QB_I8) {
-                const int64_t row = op.state.group ? op.state.group[channel] : op.state.scale_rows == 1 ? 0 : channel;
-                const int64_t first = row * op.state.scale_columns;
-                scales[r] = {op.state.scale + first, inverse + first, op.state.scale_columns == 1 ? 0 : 1};
+    const int64_t N = op.d_state, row = N * size;
+    char *rows = (char *)op.state.data + first * row;
+    vf sums[kFloats] = {};
+    for (int64_t p = 0; p < op.headdim; p += kFloats) {
+        const int64_t count = least(kFloats, op.headdim - p);
+        int64_t i = 0;
+        for (; i + kTogether <= count; i += kTogether)
+            advance<DTYPE, ONE, kTogether>(rows + (p + i) * row, N, kept, channels + p + i, sums + i);
+        for (; i < count; ++i) advance<DTYPE, ONE, 1>(rows + (p + i) * row, N, kept, channels + p + i, sums + i);
+        store(y + p, sums_of(sums));
+    }
+}
+
+/// B in steps of the scales, and C times them, of rows of `scale`; all in whole vectors, with zeros at the end.
+QB_INLINE void in_steps(const float *B, const float *C, const float *scale, int64_t d_state, float *B_out,
+                        float *C_out) {
+    for (int64_t n = 0; n < d_state; n += kFloats) {
+        const vf by = load_upto(scale + n, d_state - n);
+        store(C_out + n, loadf(C + n) * by);
+        store(B_out + n, n + kFloats <= d_state ? loadf(B + n) / by : by != 0.0f ? loadf(B + n) / by : vf{});
+    }
+}
+
+/// The heads [from, to) of all sequences.
+template <int DTYPE>
+void step_heads(const QbSsd &op, int64_t from, int64_t to) {
+    const QbState &state = op.state;
+    const int64_t N = op.d_state, P = op.headdim, wide = padded(N), width = padded(P);
+    // Rows of scales as long as the state's: B and C of each, if several channels share them.
+    const bool by_column = DTYPE == QB_I8 && state.scale_columns > 1, table = by_column && state.scale_rows < P;
+    const int64_t tables = by_column ? (table ? state.scale_rows : P) : 0;
+    float *B = (float *)quamba::scratch(0, 4 * (2 * wide * (1 + tables) + 2 * width));
+    float *C = B + wide, *x = C + wide, *y = x + width, *both = y + width;
+    Channel *channels = (Channel *)quamba::scratch(1, (int64_t)sizeof(Channel) * P);
+    for (int64_t n = N; n < wide; ++n) B[n] = C[n] = 0.0f;
+    int64_t have = -1;
+    float delta[kFloats], kept[kFloats];
+    for (int64_t head = from; head < to; ++head) {
+        const int64_t b = head / op.heads, h = head % op.heads, g = h / (op.heads / op.groups);
+        const int64_t lane = (head - from) % kFloats, first = h * P;
+        if (lane == 0) {
+            float rate[kFloats];
+            for (int j = 0; j < kFloats; ++j) {
+                const int64_t other = least(head + j, to - 1), at = other % op.heads;
+                read_row(delta + j, op.dt, other / op.heads, 0, at, 1);
+                if (op.dt_bias) delta[j] += op.dt_bias[at];
+                rate[j] = op.A[at];
+            }
+            store(delta, delta_of(op, loadf(delta)));
+            store(kept, exp_of(loadf(delta) * loadf(rate)));
+        }
+        if (have != b * op.groups + g) {
+            have = b * op.groups + g;
+            read_row(B, op.B, b, 0, g * N, N);
+            read_row(C, op.C, b, 0, g * N, N);
+            for (int64_t k = 0; table && k < tables; ++k)
+                in_steps(B, C, state.scale + k * N, N, both + 2 * k * wide, both + (2 * k + 1) * wide);
+        }
+        read_row(x, op.x, b, 0, first, P);
+        for (int64_t p = 0; p < P; ++p) {
+            Channel &c = channels[p];
+            c = {x[p] * delta[lane], B, C};
+            if (by_column) {
+                const int64_t row = scale_row(state, first + p), k = table ? row : p;
+                float *own = both + 2 * k * wide;
+                if (!table) in_steps(B, C, state.scale + row * N, N, own, own + wide);
+                c.B = own;
+                c.C = own + wide;
+            } else if (DTYPE == QB_I8) {
+                c.driven /= state.scale[scale_row(state, first + p)];
             }
         }
-        advance<DTYPE, R>(rows, scales, driven, kept, B, C, op.d_state, y + p);
-    };
-    int64_t p = 0;
-    for (; p + kTogether <= op.headdim; p += kTogether) some(Rows<kTogether>(), p);
-    for (; p < op.headdim; ++p) some(Rows<1>(), p);
-    if (op.D)
-        for (p = 0; p < op.headdim; ++p) y[p] += x[p] * op.D[h * op.headdim + p];
+        if (by_column)
+            advance_head<DTYPE, false>(op, b * op.heads * P + first, kept[lane], channels, y);
+        else
+            advance_head<DTYPE, true>(op, b * op.heads * P + first, kept[lane], channels, y);
+        for (int64_t p = 0; p < P; ++p) {
+            if (DTYPE == QB_I8 && !by_column) y[p] *= state.scale[scale_row(state, first + p)];
+            if (op.D) y[p] += x[p] * op.D[first + p];
+        }
+        write_row(op.y, b, 0, first, P, y);
+    }
 }
 
 template <int DTYPE>
 void step(const QbSsd &op) {
-    const int64_t N = op.d_state, P = op.headdim, wide = padded(N);
-    float *inverse = nullptr;
-    if (DTYPE == QB_I8) {
-        const int64_t count = op.state.scale_rows * op.state.scale_columns;
-        inverse = (float *)quamba::scratch(4, 4 * count);
-        for (int64_t i = 0; i < count; ++i) inverse[i] = 1.0f / op.state.scale[i];
-    }
     const int64_t heads = op.batch * op.heads;
-    const int64_t part = part_size(heads, 1 + 32 * 1024 / (P * N), 1);
-    each((heads + part - 1) / part, [&](int64_t i) {
-        float *B = (float *)quamba::scratch(0, 4 * (2 * wide + 2 * padded(P)));
-        float *C = B + wide, *x = C + wide, *y = x + padded(P);
-        for (int64_t n = N; n < wide; ++n) B[n] = C[n] = 0.0f;
-        int64_t have = -1;
-        float delta[kFloats];
-        const int64_t from = i * part, to = least(from + part, heads);
-        for (int64_t head = from; head < to; ++head) {
-            const int64_t b = head / op.heads, h = head % op.heads, g = h / (op.heads / op.groups);
-            const int64_t lane = (head - from) % kFloats;
-            if (lane == 0) {
-                for (int j = 0; j < kFloats; ++j) {
-                    const int64_t other = least(head + j, to - 1), hh = other % op.heads;
-                    read_row(delta + j, op.dt, other / op.heads, 0, hh, 1);
-                    if (op.dt_bias) delta[j] += op.dt_bias[hh];
-                }
-                store(delta, delta_of(op, loadf(delta)));
-            }
-            if (have != b * op.groups + g) {
-                have = b * op.groups + g;
-                read_row(B, op.B, b, 0, g * N, N);
-                read_row(C, op.C, b, 0, g * N, N);
-            }
-            read_row(x, op.x, b, 0, h * P, P);
-            step_head<DTYPE>(op, b, h, inverse, x, B, C, delta[lane], y);
-            write_row(op.y, b, 0, h * P, P, y);
-        }
-    });
+    const int64_t part = part_size(heads, 1 + 32 * 1024 / (op.headdim * op.d_state), 1);
+    each((heads + part - 1) / part,
+         [&](int64_t i) { step_heads<DTYPE>(op, i * part, least((i + 1) * part, heads)); });
 }
 
 }  // namespace
