@@ -175,18 +175,19 @@ def test_benchmark_by_hand() -> None:
         (("--promptlen", 2, "--prompt_file", "b"), "--prompt_file and --promptlen exclude each other"),
         (("--streaming", "--json"), "--streaming and --json exclude each other"),
         (("--streaming", "--num_return", 2), "--streaming prints one continuation, not 2"),
-        (
-            ("--promptlen", 10**13),
-            "--promptlen 10000000000000 needs at least 447,034.8 GiB for 1 prompt, and ",
-        ),
     ],
-)
-@pytest.mark.skipif(
-    not Path("/proc/meminfo").exists(), reason="reads how much memory is free from /proc/meminfo"
 )
 def test_bad_arguments(refused: Refused, here: Path, arguments: tuple[object, ...], sentence: str) -> None:
     (here / "blank.txt").write_text("\n  \n")
     assert sentence in refused(main, "generate", "mamba2-tiny", *arguments)
+
+
+@pytest.mark.skipif(not memory._MEMINFO.exists(), reason="reads how much memory is free from /proc/meminfo")
+def test_prompts_that_no_memory_holds(refused: Refused, here: Path) -> None:
+    sentence = refused(main, "generate", "mamba2-tiny", "--promptlen", 10**13)
+    assert sentence.startswith("--promptlen 10000000000000 needs at least 447,034.8 GiB for 1 prompt, and ")
+    profiled = refused(main, "profile", "mamba2-tiny", "--ttft", "--prompt_len", 10**12, "--batch_size", 10)
+    assert profiled.startswith("--prompt_len 1000000000000 needs at least 447,034.8 GiB for 10 prompts, and ")
 
 
 def test_no_prompt_on_standard_input(refused: Refused, here: Path) -> None:
