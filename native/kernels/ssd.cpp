@@ -381,7 +381,11 @@ void scan_head(const QbSsd &op, const Sizes &s, int64_t b, int64_t h, int64_t st
         const auto ask = [&](int64_t first, int64_t rows) {
             for (int64_t t = from + first; t < from + first + rows; ++t) {
                 prefetch<1>(op.y, b, t, h * s.headdim, s.headdim);
-                if (t + kChunk < stop) prefetch<0>(op.x, b, t + kChunk, h * s.headdim, s.headdim);
+                // The next chunk of this head, or the first one of the next.
+                if (c + 1 < chunks)
+                    prefetch<0>(op.x, b, least(t + kChunk, stop - 1), h * s.headdim, s.headdim);
+                else if (h + 1 < s.heads)
+                    prefetch<0>(op.x, b, start + t - from, (h + 1) * s.headdim, s.headdim);
             }
         };
         const auto write = [&](int64_t first, int64_t rows) {
@@ -566,7 +570,7 @@ void step_heads(const QbSsd &op, int64_t from, int64_t to) {
 template <int DTYPE>
 void step(const QbSsd &op) {
     const int64_t heads = op.batch * op.heads;
-    const int64_t part = part_size(heads, 1 + 32 * 1024 / (op.headdim * op.d_state), 1);
+    const int64_t part = part_size(heads, 1 + 16 * 1024 / (op.headdim * op.d_state), 1);
     each((heads + part - 1) / part,
          [&](int64_t i) { step_heads<DTYPE>(op, i * part, least((i + 1) * part, heads)); });
 }
