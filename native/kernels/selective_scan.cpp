@@ -1,13 +1,13 @@
-// Mamba1's scan. A vector is kFloats channels, and their states stay in registers from token to token; for a few
-// tokens, a vector is kFloats states of a channel, as they lie in memory.
+// Mamba1's scan. A vector is kFloats channels, and their states stay in registers from token to token; for one token
+// a vector is kFloats states of a channel, as they lie in memory.
 #include "simd.h"
 
 namespace QB_ISA {
 
-constexpr int64_t kChannels = 64;               // of a tile of a prompt
-constexpr int64_t kTokens = 63;                 // of a tile of a prompt; odd, or blocks would share sets of the cache
-constexpr int64_t kFew = 4;                     // tokens that are no prompt
-constexpr int64_t kFewChannels = 256;           // of a tile of those
+// A tile of a prompt: some channels, and tokens until there are this many values of each kind. Reading rows in longer
+// pieces costs less; the number of tokens is odd, or the blocks of a tile would share sets of the cache.
+constexpr int64_t kValues = 8192, kMostChannels = 256, kLeastChannels = 64;
+constexpr int64_t kStepChannels = 256;  // of a tile of one token
 constexpr int kStates = kFloats == 8 ? 4 : 16;  // of each channel, in registers at a time
 
 /// What a part works on, in its scratch memory; channels that are not there have zeros.
@@ -15,7 +15,7 @@ struct Tile {
     int64_t channels, tokens;   // that have room, channels in whole vectors
     int64_t states;             // d_state in whole kStates
     float *delta, *input, *y;   // [channels / kFloats][tokens][kFloats]; input: delta * u
-    float *rate, *state;        // [channels / kFloats][states][kFloats], or [channels][d_state]
+    float *rate, *state;        // [channels / kFloats][states][kFloats]
     float *B, *C;               // [tokens][states]
     float *bias, *D, *row;      // [channels]
     float *line;                // [states]
@@ -86,6 +86,13 @@ static void store_state(const QbSelectiveScan &a, const Tile &t, int64_t batch, 
     }
 }
 
+/// Asks for what is read later: rows are pages apart, which processors do not foresee.
+static void prefetch(const QbTensor &t, int64_t batch, int64_t token, int64_t first, int64_t count) {
+    const int64_t size = t.dtype == QB_F32 ? 4 : t.dtype == QB_I8 ? 1 : 2;
+    const char *row = at(t, batch, token) + size * first;
+    for (int64_t i = 0; i < size * count; i += 64) __builtin_prefetch(row + i, 0, 2);
+}
+
 /// Steps, inputs, and D u in y, of a token of the tile.
 static void read_token(const QbSelectiveScan &a, const Tile &t, int64_t batch, int64_t token, int64_t first,
                        int64_t count, int64_t slot) {
@@ -145,7 +152,13 @@ static void scan_tile(const QbSelectiveScan &a, const Tile &t, int64_t batch, in
     load_tile(a, t, batch, first, count);
     for (int64_t begin = 0; begin < a.length; begin += t.tokens) {
         const int64_t tokens = least(t.tokens, a.length - begin);
-        for (int64_t s = 0; s < tokens; ++s) read_token(a, t, batch, begin + s, first, count, s);
+        for (int64_t s = 0; s < tokens; ++s) {
+            read_token(a, t, batch, begin + s, first, count, s);
+            if (begin + s + t.tokens >= a.length) continue;
+            const QbTensor *inputs[] = {&a.u, &a.dt, &a.z};
+            for (const QbTensor *input : inputs)
+                if (input->data) prefetch(*input, batch, begin + s + t.tokens, first, count);
+        }
         for (int64_t b = 0; b * kFloats < count; ++b)
             for (int64_t from = 0; from < t.states; from += kStates) scan_block(t, tokens, b, from);
         for (int64_t s = 0; s < tokens; ++s) write_token(a, t, batch, begin + s, first, count, s);
@@ -158,115 +171,103 @@ QB_INLINE int64_t scales_of(const QbState &s, int64_t channel) {
     return (s.group ? s.group[channel] : s.scale_rows > 1 ? channel : 0) * s.scale_columns;
 }
 
-/// The states of channels as floats, as they lie in memory.
-static void load_lines(const QbSelectiveScan &a, const Tile &t, int64_t batch, int64_t first, int64_t count) {
-    const QbState &s = a.state;
-    const int64_t from = (batch * a.channels + first) * a.d_state, values = count * a.d_state;
-    if (!s.data) {
-        for (int64_t i = 0; i < values; ++i) t.state[i] = 0.0f;
-    } else if (s.scale) {
-        const int8_t *codes = (const int8_t *)s.data + from;
-        for (int64_t c = 0; c < count; ++c) {
-            const float *scale = s.scale + scales_of(s, first + c);
-            for (int64_t n = c * a.d_state; n < (c + 1) * a.d_state; n += kFloats) {
-                const vf step = s.scale_columns > 1 ? loadf(scale + n - c * a.d_state) : splat(*scale);
-                store(t.state + n, to_float(widen(codes + n)) * step);
-            }
-        }
+template <int kDtype>
+QB_INLINE vf load_states(const QbState &s, int64_t at, int64_t scales) {
+    if constexpr (kDtype == QB_F32) return loadf((const float *)s.data + at);
+    if constexpr (kDtype == QB_F16) return from_f16((const uint16_t *)s.data + at);
+    const vf step = s.scale_columns > 1 ? loadf(s.scale + scales) : splat(s.scale[scales]);
+    return to_float(widen((const int8_t *)s.data + at)) * step;
+}
+
+template <int kDtype>
+QB_INLINE void store_states(const QbState &s, const float *inverse, int64_t at, int64_t scales, vf h) {
+    if constexpr (kDtype == QB_F32) {
+        store((float *)s.data + at, h);
+    } else if constexpr (kDtype == QB_F16) {
+        to_f16((uint16_t *)s.data + at, vmin(vmax(h, splat(-65504.0f)), splat(65504.0f)));
     } else {
-        const QbTensor all = {s.data, nullptr, 0, 0, s.dtype, 0};
-        read_row(t.state, all, 0, 0, from, values);
+        const vf steps = h * (s.scale_columns > 1 ? loadf(inverse + scales) : splat(inverse[scales]));
+        narrow((int8_t *)s.data + at, round_even(vmin(vmax(steps, splat(-128.0f)), splat(127.0f))));
     }
 }
 
-static void store_lines(const QbSelectiveScan &a, const Tile &t, int64_t batch, int64_t first, int64_t count) {
-    const QbState &s = a.state;
-    const int64_t from = (batch * a.channels + first) * a.d_state, values = count * a.d_state;
-    if (s.scale) {
-        int8_t *codes = (int8_t *)s.data + from;
-        for (int64_t c = 0; c < count; ++c) {
-            const float *inverse = t.inverse + scales_of(s, first + c);
-            for (int64_t n = c * a.d_state; n < (c + 1) * a.d_state; n += kFloats) {
-                const vf steps = loadf(t.state + n) * (s.scale_columns > 1 ? loadf(inverse + n - c * a.d_state)
-                                                                           : splat(*inverse));
-                narrow(codes + n, round_even(vmin(vmax(steps, splat(-128.0f)), splat(127.0f))));
-            }
-        }
-        return;
-    }
-    if (s.dtype == QB_F16) limit(t.state, values);
-    const QbTensor all = {s.data, nullptr, 0, 0, s.dtype, 0};
-    write_row(all, 0, 0, from, values, t.state);
-}
+using Step = void (*)(const QbSelectiveScan &, const Tile &, int64_t, int64_t, int64_t, int64_t);
 
-/// One token of kFloats channels of a tile with states as they lie in memory, in kVectors.
-template <int kVectors>
-static void step_block(const QbSelectiveScan &a, const Tile &t, int64_t slot, int64_t first, int64_t count,
+/// One token of kFloats channels of a tile, each with kVectors of states.
+template <int kDtype, int kVectors>
+static void step_block(const QbSelectiveScan &a, const Tile &t, int64_t batch, int64_t first, int64_t count,
                        int64_t block) {
-    const int64_t at = (block * t.tokens + slot) * kFloats, n_state = kVectors * kFloats;
-    const int64_t lanes = least(count - block * kFloats, (int64_t)kFloats);
-    const float *rate = a.A + (first + block * kFloats) * n_state;
-    float *state = t.state + block * kFloats * n_state;
+    const int64_t begin = block * kFloats, lanes = least(count - begin, (int64_t)kFloats);
+    const float *rate = a.A + (first + begin) * kVectors * kFloats;
+    const int64_t at = (batch * a.channels + first + begin) * kVectors * kFloats;
     vf B[kVectors], C[kVectors];
     for (int n = 0; n < kVectors; ++n) {
-        B[n] = loadf(t.B + slot * t.states + n * kFloats);
-        C[n] = loadf(t.C + slot * t.states + n * kFloats);
+        B[n] = loadf(t.B + n * kFloats);
+        C[n] = loadf(t.C + n * kFloats);
     }
     float scaled[kFloats];
-    store(scaled, loadf(t.delta + at) * kLog2E);
+    store(scaled, loadf(t.delta + begin) * kLog2E);
     vf products[kFloats] = {};
     for (int64_t i = 0; i < lanes; ++i) {
-        const vf time = splat(scaled[i]), input = splat(t.input[at + i]);
+        const vf time = splat(scaled[i]), input = splat(t.input[begin + i]);
+        const int64_t scale = kDtype == QB_I8 ? scales_of(a.state, first + begin + i) : 0;
         vf product = {};
         for (int n = 0; n < kVectors; ++n) {
-            float *p = state + i * n_state + n * kFloats;
-            const vf h = vdecay(time, loadf(rate + i * n_state + n * kFloats)) * loadf(p) + input * B[n];
-            store(p, h);
+            const int64_t next = (i * kVectors + n) * kFloats;
+            const int64_t scales = a.state.scale_columns > 1 ? scale + n * kFloats : scale;
+            const vf before = load_states<kDtype>(a.state, at + next, scales);
+            const vf h = vdecay(time, loadf(rate + next)) * before + input * B[n];
+            store_states<kDtype>(a.state, t.inverse, at + next, scales, h);
             product += h * C[n];
         }
         products[i] = product;
     }
-    store(t.y + at, loadf(t.y + at) + sums_of(products));
+    store(t.y + begin, loadf(t.y + begin) + sums_of(products));
 }
 
-/// The vectors of states that step_block has been made for; 0 for other sizes.
-static int64_t step_vectors(int64_t d_state) {
-    const int64_t vectors = d_state / kFloats;
-    return d_state % kFloats || vectors == 3 || vectors > 4 ? 0 : vectors;
+template <int kDtype>
+static Step step_of(int64_t d_state) {
+    return d_state == kFloats       ? step_block<kDtype, 1>
+           : d_state == 2 * kFloats ? step_block<kDtype, 2>
+           : d_state == 4 * kFloats ? step_block<kDtype, 4>
+                                    : nullptr;
 }
 
-static void step_tile(const QbSelectiveScan &a, const Tile &t, int64_t batch, int64_t first, int64_t count) {
-    const int64_t vectors = step_vectors(a.d_state);
-    const auto step = vectors == 1 ? step_block<1> : vectors == 2 ? step_block<2> : step_block<4>;
-    load_lines(a, t, batch, first, count);
-    for (int64_t s = 0; s < a.length; ++s) {
-        read_token(a, t, batch, s, first, count, s);
-        for (int64_t b = 0; b * kFloats < count; ++b) step(a, t, s, first, count, b);
-        write_token(a, t, batch, s, first, count, s);
-    }
-    if (a.state.data) store_lines(a, t, batch, first, count);
+/// How to take one token; nullptr for sizes and formats that are taken like prompts.
+static Step step_for(const QbSelectiveScan &a) {
+    if (a.length != 1 || !a.state.data) return nullptr;
+    if (a.state.dtype == QB_F32) return step_of<QB_F32>(a.d_state);
+    if (a.state.dtype == QB_F16) return step_of<QB_F16>(a.d_state);
+    return a.state.dtype == QB_I8 ? step_of<QB_I8>(a.d_state) : nullptr;
 }
 
 void selective_scan(const void *args) {
     const QbSelectiveScan &a = *(const QbSelectiveScan *)args;
-    const bool few = a.length <= kFew && step_vectors(a.d_state);
-    const int64_t width = few ? kFewChannels : kChannels, tokens = few ? kFew : kTokens;
+    const Step step = step_for(a);
+    const int64_t even = part_size(a.batch * a.channels, kLeastChannels, kLeastChannels);
+    const int64_t width = step ? kStepChannels : least(even, kMostChannels);
     const int64_t tiles = (a.channels + width - 1) / width, total = a.batch * tiles;
     float *inverse = nullptr;
-    if (few && a.state.scale) {
+    if (step && a.state.scale) {
         const int64_t scales = a.state.scale_rows * a.state.scale_columns;
         inverse = (float *)quamba::scratch(4, 4 * scales);
         for (int64_t i = 0; i < scales; ++i) inverse[i] = 1.0f / a.state.scale[i];
     }
-    const int64_t together = part_size(total, few ? 4 : 1, 1);
+    const int64_t together = part_size(total, step ? 4 : 1, 1);
     each((total + together - 1) / together, [&](int64_t part) {
-        const Tile t = tile_of(a, width, tokens, inverse);
+        const Tile t = tile_of(a, width, step ? 1 : kValues / width - 1, inverse);
         const int64_t end = least((part + 1) * together, total);
         for (int64_t i = part * together; i < end; ++i) {
-            const int64_t first = i % tiles * width, count = least(width, a.channels - first);
+            const int64_t batch = i / tiles, first = i % tiles * width, count = least(width, a.channels - first);
             fill(t, t.bias, a.dt_bias, first, count);
             fill(t, t.D, a.D, first, count);
-            (few ? step_tile : scan_tile)(a, t, i / tiles, first, count);
+            if (!step) {
+                scan_tile(a, t, batch, first, count);
+                continue;
+            }
+            read_token(a, t, batch, 0, first, count, 0);
+            for (int64_t b = 0; b * kFloats < count; ++b) step(a, t, batch, first, count, b);
+            write_token(a, t, batch, 0, first, count, 0);
         }
     });
 }
