@@ -17,7 +17,7 @@ from quamba.kernels.reference.state import spread_scale
 pytestmark = pytest.mark.usefixtures("instruction_set", "poison_empty")
 
 #: Channels and states: neither whole vectors; the usual ones, with more than a tile; other whole vectors.
-SIZES = [(40, 12), (150, 16), (70, 32), (33, 1), (16, 24)]
+SIZES = [(40, 12), (290, 16), (70, 32), (33, 1), (16, 24)]
 INPUTS = ("u", "dt", "B", "C", "z")
 KINDS = ["float", "float16", "bfloat16", "int8", "int8 channels"]
 
