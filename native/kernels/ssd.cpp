@@ -440,7 +440,8 @@ QB_INLINE void put_state(char *p, int64_t i, vf v) {
     if (DTYPE == QB_I8) narrow_saturated((int8_t *)p + i, v);
 }
 
-constexpr int kTogether = 4;  // channels
+constexpr int kTogether = 4;      // channels
+constexpr int64_t kAhead = 2048;  // bytes of the state that are asked for before they are needed
 
 /// What a channel needs besides its row of the state: delta x, and B and C.
 struct Channel {
@@ -489,8 +490,11 @@ void advance_head(const QbSsd &op, int64_t first, float kept, const Channel *cha
     for (int64_t p = 0; p < op.headdim; p += kFloats) {
         const int64_t count = least(kFloats, op.headdim - p);
         int64_t i = 0;
-        for (; i + kTogether <= count; i += kTogether)
-            advance<DTYPE, ONE, kTogether>(rows + (p + i) * row, N, kept, channels + p + i, sums + i);
+        for (; i + kTogether <= count; i += kTogether) {
+            char *own = rows + (p + i) * row;
+            for (int64_t at = 0; at < kTogether * row; at += 64) __builtin_prefetch(own + kAhead + at, 1);
+            advance<DTYPE, ONE, kTogether>(own, N, kept, channels + p + i, sums + i);
+        }
         for (; i < count; ++i) advance<DTYPE, ONE, 1>(rows + (p + i) * row, N, kept, channels + p + i, sums + i);
         store(y + p, sums_of(sums));
     }
