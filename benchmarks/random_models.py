@@ -18,6 +18,9 @@ __all__ = ["FLOAT", "MODELS", "PUBLISHED", "compute_dtype", "empty_network", "fi
 
 MODELS: dict[str, ModelConfig] = {
     **networks.PUBLISHED,
+    "mamba-1.4b": MambaConfig(d_model=2048, n_layer=48, vocab_size=50280),
+    "mamba2-780m": Mamba2Config(d_model=1536, n_layer=48, vocab_size=50288),
+    "mamba2-1.3b": Mamba2Config(d_model=2048, n_layer=48, vocab_size=50288),
     "tiny": Mamba2Config(d_model=64, n_layer=2, vocab_size=256, d_state=16, headdim=16),
     "tiny-mamba": MambaConfig(d_model=64, n_layer=2, vocab_size=256),
 }

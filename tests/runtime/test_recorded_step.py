@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
@@ -89,6 +92,22 @@ def test_recording_runs_nothing(family: str) -> None:
     for mine, theirs in zip(cache.layers, before.layers, strict=True):
         assert torch.equal(mine.ssm_state, theirs.ssm_state)
         assert torch.equal(mine.conv_state, theirs.conv_state)
+
+
+@torch.inference_mode()
+def test_a_step_keeps_what_it_points_to(family: str) -> None:
+    network = quantized(tiny_config(family), "w8a8")
+    cache = network.new_cache(1)
+    states = [weakref.ref(t) for layer in cache.layers for t in (layer.conv_state, layer.ssm_state)]
+    step = recorded_step(network, cache)
+    held = weakref.ref(network)
+    del network, cache
+    gc.collect()
+    assert held() is not None
+    assert all(state() is not None for state in states)
+    del step
+    gc.collect()
+    assert held() is None
 
 
 def test_what_torch_computes_has_no_program() -> None:

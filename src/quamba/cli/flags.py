@@ -157,7 +157,7 @@ def state_option() -> Callable[[_Function], _Function]:
 
 
 def device_option() -> Callable[[_Function], _Function]:
-    """--device, and --backend with it."""
+    """--device, and with it --backend and --threads."""
     device = click.option(
         "--device",
         default="auto",
@@ -170,9 +170,23 @@ def device_option() -> Callable[[_Function], _Function]:
         type=NearestChoice(BACKENDS),
         default="auto",
         show_default=True,
-        help="Kernels; auto: Triton on a GPU, the PyTorch reference elsewhere.",
+        help="Kernels; auto: Triton on a GPU, the compiled ones on a CPU.",
     )
-    return lambda function: device(backend(function))
+    threads = click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        callback=_use_threads,
+        expose_value=False,
+        help="Of the CPU. Default: as many as it has cores.",
+    )
+    return lambda function: device(backend(threads(function)))
+
+
+def _use_threads(ctx: click.Context, parameter: click.Parameter, count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)  # the compiled kernels follow it
 
 
 def graph_option() -> Callable[[_Function], _Function]:

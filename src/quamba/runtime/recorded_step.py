@@ -17,10 +17,12 @@ from quamba.models.lm import MambaLM
 class RecordedStep:
     """One call for a token of every sequence.
 
-    ids     (B,) int64, read by the program
-    logits  (B, padded_vocab), overwritten by every step
+    network  whose weights the program reads: kept as long as it is
+    ids      (B,) int64, read by the program
+    logits   (B, padded_vocab), overwritten by every step
     """
 
+    network: MambaLM
     program: Program
     ids: Tensor
     logits: Tensor
@@ -46,4 +48,4 @@ def recorded_step(network: MambaLM, cache: MambaCache) -> RecordedStep | str:
         )
     except NotRecordableError as reason:
         return f"there is no program for it: {reason}."
-    return RecordedStep(program, ids, logits)
+    return RecordedStep(network, program, ids, logits)

@@ -35,12 +35,14 @@ def record(piece: Callable[[], Result], inputs: Iterable[Tensor]) -> tuple[Progr
     """The program of all compiled ops that a call of ``piece`` runs, and what that returned, to be filled.
 
     inputs  tensors that change between runs of the program: read and written where they are now
-    Raises NotRecordableError. The program holds every tensor that was made on the way.
+    Raises NotRecordableError. The program holds its inputs and every tensor that was made on the way, but not
+    the weights.
     """
+    inputs = list(inputs)
     watch = _Watch(inputs)
     with library.recording() as ops, torch.inference_mode(), watch:
         result = piece()
-    return Program(ops, watch.made), result
+    return Program(ops, (inputs, watch.made)), result
 
 
 class _Watch(TorchDispatchMode):
