@@ -459,13 +459,15 @@ QB_INLINE void advance(char *row, int64_t d_state, float kept, const Channel *ch
     vf total[R] = {};
     for (int r = 0; r < R; ++r) own[r] = channels[r];
     int64_t n = 0;
-    for (; n + kFloats <= d_state; n += kFloats)
+    for (; n + kFloats <= d_state; n += kFloats) {
+        vf b = loadf(own[0].B + n), c = loadf(own[0].C + n);
         for (int r = 0; r < R; ++r) {
-            const Channel &c = own[ONE ? 0 : r];
-            const vf v = state_vector<DTYPE>(row + r * step, n) * kept + own[r].driven * loadf(c.B + n);
-            total[r] += v * loadf(c.C + n);
+            if (!ONE && r) b = loadf(own[r].B + n), c = loadf(own[r].C + n);
+            const vf v = state_vector<DTYPE>(row + r * step, n) * kept + own[r].driven * b;
+            total[r] += v * c;
             put_state<DTYPE>(row + r * step, n, v);
         }
+    }
     if (n < d_state) {
         const size_t rest = (size_t)((d_state - n) * size);
         for (int r = 0; r < R; ++r) {
