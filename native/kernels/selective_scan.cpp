@@ -149,18 +149,19 @@ static void scan_block(const Tile &t, int64_t tokens, int64_t block, int64_t fro
 }
 
 static void scan_tile(const QbSelectiveScan &a, const Tile &t, int64_t batch, int64_t first, int64_t count) {
+    const QbTensor *inputs[] = {&a.u, &a.dt, &a.z};
+    const int64_t blocks = padded(count) / kFloats;
     load_tile(a, t, batch, first, count);
     for (int64_t begin = 0; begin < a.length; begin += t.tokens) {
-        const int64_t tokens = least(t.tokens, a.length - begin);
-        for (int64_t s = 0; s < tokens; ++s) {
-            read_token(a, t, batch, begin + s, first, count, s);
-            if (begin + s + t.tokens >= a.length) continue;
-            const QbTensor *inputs[] = {&a.u, &a.dt, &a.z};
-            for (const QbTensor *input : inputs)
-                if (input->data) prefetch(*input, batch, begin + s + t.tokens, first, count);
-        }
-        for (int64_t b = 0; b * kFloats < count; ++b)
+        const int64_t tokens = least(t.tokens, a.length - begin), later = begin + tokens;
+        const int64_t next = least(t.tokens, a.length - later);
+        for (int64_t s = 0; s < tokens; ++s) read_token(a, t, batch, begin + s, first, count, s);
+        for (int64_t b = 0; b < blocks; ++b) {
+            for (int64_t s = b * next / blocks; s < (b + 1) * next / blocks; ++s)
+                for (const QbTensor *input : inputs)
+                    if (input->data) prefetch(*input, batch, later + s, first, count);
             for (int64_t from = 0; from < t.states; from += kStates) scan_block(t, tokens, b, from);
+        }
         for (int64_t s = 0; s < tokens; ++s) write_token(a, t, batch, begin + s, first, count, s);
     }
     if (a.state.data) store_state(a, t, batch, first, count);
