@@ -28,7 +28,8 @@ typedef struct {
 } QbTensor;
 
 /* y = x w^T: x (1, rows, columns) int8 or float, y (1, rows, outputs).
- * bits 8: w int8 [outputs, columns]; bits 4: two to a byte, the even column in the low half.
+ * bits 8: w int8 [outputs, columns]; bits 4: two to a byte, the even column in the low half; bits 32 and 16: floats of
+ * scale_dtype, x floats too, and no scale.
  * scale: QB_F32 or QB_F16 [outputs or 1, groups]; scale_rows says which. channel_scale: NULL, or two levels.
  * x_scale: NULL where the columns of w contain the scale of integer x, else one value. */
 typedef struct {

@@ -1,4 +1,4 @@
-// y = x w^T with weights of 8 and 4 bits, read as they are stored.
+// y = x w^T, the weights read as they are stored: codes of 8 and 4 bits, and at the end floats.
 //
 // Inputs become signed bytes, weights unsigned ones (a code plus kBias), because that is what the instructions
 // multiply; what the bias adds is taken off by where the sums begin. Integer inputs are bytes already. Float inputs
@@ -549,6 +549,77 @@ void many_rows(const QbLinear &p, const Cut &cut) {
     });
 }
 
+// Float weights, few rows: many are left to the libraries of torch.
+
+template <int bits>
+QB_INLINE vf weights_at(const char *row, int64_t column, int dtype) {
+    if constexpr (bits == 32) return loadf((const float *)row + column);
+    const uint16_t *p = (const uint16_t *)row + column;
+    return dtype == QB_BF16 ? from_bf16(p) : from_f16(p);
+}
+
+// x [rows][padded] float32 with zeros after the columns.
+template <int bits, int rows>
+void float_outputs(const QbLinear &p, const float *x, int64_t padded, int64_t output, float *y) {
+    const char *w = (const char *)p.weight + output * p.columns * (bits / 8);
+    constexpr int kChains = rows == 1 ? 4 : rows == 2 ? 2 : 1;
+    vf acc[rows][kChains] = {};
+    const int64_t whole = p.columns / kFloats * kFloats;
+    int64_t k = 0;
+    for (; k + kChains * kFloats <= whole; k += kChains * kFloats) {
+        __builtin_prefetch(w + (bits / 8) * k + 4096);
+        for (int c = 0; c < kChains; ++c) {
+            const vf part = weights_at<bits>(w, k + c * kFloats, p.scale_dtype);
+            for (int i = 0; i < rows; ++i) acc[i][c] += part * loadf(x + i * padded + k + c * kFloats);
+        }
+    }
+    for (; k < whole; k += kFloats) {
+        const vf part = weights_at<bits>(w, k, p.scale_dtype);
+        for (int i = 0; i < rows; ++i) acc[i][0] += part * loadf(x + i * padded + k);
+    }
+    if (k < p.columns) {
+        char end[4 * kFloats] = {};
+        __builtin_memcpy(end, w + (bits / 8) * k, (bits / 8) * (p.columns - k));
+        const vf part = weights_at<bits>(end, 0, p.scale_dtype);
+        for (int i = 0; i < rows; ++i) acc[i][0] += part * loadf(x + i * padded + k);
+    }
+    for (int i = 0; i < rows; ++i) {
+        for (int c = 1; c < kChains; ++c) acc[i][0] += acc[i][c];
+        y[i] = sum(acc[i][0]);
+    }
+}
+
+template <int bits>
+void float_rows(const QbLinear &p) {
+    const int64_t padded = (p.columns + kFloats - 1) / kFloats * kFloats;
+    float *x = (float *)quamba::scratch(4, 4 * p.rows * padded);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        read_row(x + row * padded, p.x, 0, row, 0, p.columns);
+        for (int64_t k = p.columns; k < padded; ++k) x[row * padded + k] = 0;
+    }
+    const int64_t size = part_size(p.outputs, most(32768 * 8 / bits / p.columns, 1), kFloats);
+    each((p.outputs + size - 1) / size, [&](int64_t part) {
+        const int64_t first = part * size, count = least(size, p.outputs - first);
+        float *out = (float *)quamba::scratch(1, 4 * kMostAtOnce * size);
+        for (int64_t row = 0; row < p.rows;) {
+            const int64_t rows = p.rows - row >= 4 ? 4 : p.rows - row >= 2 ? 2 : 1;
+            const float *in = x + row * padded;
+            for (int64_t j = 0; j < count; ++j) {
+                float y[kMostAtOnce];
+                if (rows == 4)
+                    float_outputs<bits, 4>(p, in, padded, first + j, y);
+                else if (rows == 2)
+                    float_outputs<bits, 2>(p, in, padded, first + j, y);
+                else
+                    float_outputs<bits, 1>(p, in, padded, first + j, y);
+                for (int64_t i = 0; i < rows; ++i) out[i * size + j] = y[i] + (p.bias ? p.bias[first + j] : 0.0f);
+            }
+            for (int64_t i = 0; i < rows; ++i) write_row(p.y, 0, row + i, first, count, out + i * size);
+            row += rows;
+        }
+    });
+}
+
 template <Way way, int bits, bool planes>
 void product(const QbLinear &p) {
     const Cut cut(p);
@@ -561,7 +632,11 @@ void linear(const void *args) {
     const QbLinear &p = *(const QbLinear *)args;
     const bool planes = p.x.dtype != QB_I8;
     if (p.rows == 0) return;
-    if (p.channel_scale)
+    if (p.bits == 32)
+        float_rows<32>(p);
+    else if (p.bits == 16)
+        float_rows<16>(p);
+    else if (p.channel_scale)
         planes ? product<kLevels, 4, true>(p) : product<kLevels, 4, false>(p);
     else if (p.bits == 4)
         planes ? product<kGroups, 4, true>(p) : product<kGroups, 4, false>(p);

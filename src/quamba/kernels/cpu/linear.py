@@ -12,6 +12,8 @@ from quamba.kernels.reference.linear import linear as reference
 
 #: Columns of a block of the kernels for 4 bits, on the widest vectors.
 _BLOCK = 128
+#: Rows of floats from which on PyTorch's libraries multiply float weights.
+_MANY_ROWS = 9
 
 
 def linear(
@@ -26,9 +28,9 @@ def linear(
     """As the reference. With float x and quantized weights, each 128 columns of a row of x become integers of
     15 bits (their largest is +-16,256) and are summed as integers; x of float64 goes to the reference.
 
-    Float weights are PyTorch's, whose libraries are hard to beat at that.
+    Many rows of floats times float weights are PyTorch's, whose libraries are hard to beat at that.
     """
-    if not isinstance(weight, QuantizedWeight) or not _has_kernel(x, weight, out_dtype):
+    if not _has_kernel(x, weight, out_dtype):
         return reference(
             x,
             weight,
@@ -50,33 +52,44 @@ def linear(
 
 
 def describe(
-    x: Activation, weight: QuantizedWeight, bias: Tensor | None, y: abi.Tensor, input_scale_folded: bool
+    x: Activation,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    y: abi.Tensor,
+    input_scale_folded: bool,
 ) -> abi.Linear:
     """x (rows, columns); bias float32. The struct points into all of them."""
     codes = x.codes if isinstance(x, Quantized) else x
-    x_scale = x.scale if isinstance(x, Quantized) and not input_scale_folded else None
-    return abi.Linear(
+    described = abi.Linear(
         x=abi.tensor(codes),
         y=y,
         rows=codes.shape[0],
         columns=weight.shape[1],
         outputs=weight.shape[0],
-        groups=weight.scale.shape[1],
-        scale_rows=weight.scale.shape[0],
-        weight=weight.data.data_ptr(),
-        scale=weight.scale.data_ptr(),
-        channel_scale=abi.pointer(weight.channel_scale),
+        groups=1,
+        scale_rows=1,
         bias=abi.pointer(bias),
-        x_scale=abi.pointer(x_scale),
-        bits=weight.format.bits,
-        scale_dtype=abi.dtype_code(weight.scale.dtype),
     )
+    if not isinstance(weight, QuantizedWeight):
+        described.weight = weight.data_ptr()
+        described.bits, described.scale_dtype = 8 * weight.element_size(), abi.dtype_code(weight.dtype)
+        return described
+    described.weight, described.scale = weight.data.data_ptr(), weight.scale.data_ptr()
+    described.channel_scale = abi.pointer(weight.channel_scale)
+    described.scale_rows, described.groups = weight.scale.shape
+    described.bits, described.scale_dtype = weight.format.bits, abi.dtype_code(weight.scale.dtype)
+    if isinstance(x, Quantized) and not input_scale_folded:
+        described.x_scale = x.scale.data_ptr()
+    return described
 
 
-def _has_kernel(x: Activation, weight: QuantizedWeight, out_dtype: torch.dtype) -> bool:
+def _has_kernel(x: Activation, weight: Tensor | QuantizedWeight, out_dtype: torch.dtype) -> bool:
+    if not abi.supported(x) or out_dtype == torch.float64:
+        return False
+    if not isinstance(weight, QuantizedWeight):
+        few = not isinstance(x, Quantized) and x.numel() < _MANY_ROWS * x.shape[-1]
+        return few and abi.supported(weight) and weight.is_contiguous()
     group = weight.shape[1] // weight.scale.shape[1]
     if weight.format.bits == 4 and group % 2:
         return False
-    if weight.channel_scale is not None and weight.scale.shape[1] > 1 and group % _BLOCK:
-        return False
-    return abi.supported(x) and out_dtype != torch.float64
+    return weight.channel_scale is None or weight.scale.shape[1] == 1 or group % _BLOCK == 0
