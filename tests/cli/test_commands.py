@@ -14,6 +14,7 @@ from click.testing import Result
 
 import quamba
 from quamba.cli.main import main
+from quamba.kernels.cpu import library
 from quamba.kernels.registry import REFERENCE, Kernels
 from quamba.recipes.recipe import shipped_names
 
@@ -172,24 +173,38 @@ def test_inspect_a_float_model(run: Run, here: Path) -> None:
     assert recipe["size_mib"] < plain["size_mib"]
 
 
-@pytest.mark.parametrize("device", ["cpu", "auto", "cuda", "cuda:1"])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says why no GPU is used")
+OPS = [field.name for field in dataclasses.fields(Kernels) if field.name != "name"]
+
+
+@pytest.mark.skipif(not library.available(), reason="the CPU kernels are not built")
+@pytest.mark.parametrize("device", ["cpu", "auto"])
 def test_inspect_says_what_every_op_runs_on(run: Run, here: Path, device: str) -> None:
-    ops = [field.name for field in dataclasses.fields(Kernels) if field.name != "name"]
     shown = json.loads(run(main, "inspect", "mamba-tiny", "--device", device, "--json").stdout)
-    reason = "they need a CUDA device." if device in ("cpu", "auto") else "and torch sees none here."
-    assert (shown["kernels"], shown["ops"]) == ("reference", dict.fromkeys(ops, "reference"))
-    assert shown["reason"].endswith(reason)
+    assert (shown["kernels"], shown["reason"]) == ("cpu", None)
+    assert shown["ops"] == dict.fromkeys(OPS, "cpu")
     text = run(main, "inspect", "mamba-tiny", "--device", device).stdout
-    assert "A step of decoding: op by op." in text
-    assert f"Kernels on {device}: reference. {shown['reason']}\n" in text
-    assert [line.split() for line in text.splitlines()[-len(ops) :]] == [[op, "reference"] for op in ops]
+    assert f"Kernels on {device}: cpu.\nA step of decoding: one call of " in text
+    assert [line.split() for line in text.splitlines()[-len(OPS) :]] == [[op, "cpu"] for op in OPS]
+
+
+def test_inspect_says_why_the_kernels_are_slow(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "load", lambda: "they are not here")
+    shown = json.loads(run(main, "inspect", "mamba-tiny", "--device", "cpu", "--json").stdout)
+    assert (shown["kernels"], shown["ops"]) == ("reference", dict.fromkeys(OPS, "reference"))
+    assert shown["reason"] == "The compiled CPU kernels do not run on 'cpu': they are not here."
+    text = run(main, "inspect", "mamba-tiny", "--device", "cpu").stdout
+    assert f"Kernels on cpu: reference. {shown['reason']}\nA step of decoding: op by op." in text
+    if torch.cuda.is_available():
+        return
+    absent = json.loads(run(main, "inspect", "mamba-tiny", "--device", "cuda", "--json").stdout)
+    assert absent["reason"].endswith("and torch sees none here.")
 
 
 def test_inspect_tells_backends_apart(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By where each function is from."""
     fast = types.FunctionType(REFERENCE.linear.__code__, {"__name__": "quamba.kernels.triton.linear"})
     mixed = dataclasses.replace(REFERENCE, name="triton", linear=fast)
+    monkeypatch.setattr("quamba.kernels.registry.why_not_fast", lambda device: None)
     monkeypatch.setattr("quamba.kernels.registry.choose_kernels", lambda device, backend="auto": mixed)
     shown = json.loads(run(main, "inspect", "mamba-tiny", "--device", "cpu", "--json").stdout)
     assert (shown["kernels"], shown["reason"]) == ("triton", None)

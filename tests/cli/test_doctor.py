@@ -15,6 +15,7 @@ from torch import Tensor
 from quamba.cli import doctor
 from quamba.cli.doctor import command
 from quamba.kernels.cases import all_cases
+from quamba.kernels.cpu import library
 from quamba.kernels.registry import REFERENCE, Kernels
 from quamba.runtime import check_model
 
@@ -40,11 +41,13 @@ def test_a_sound_machine(run: Run) -> None:
     for fact in ("quamba", "system", "python", "torch", "triton", "nvidia driver", "cpu", "gpus"):
         assert any(line.startswith(f"{fact} ") for line in facts.splitlines()), fact
     assert f"torch          {torch.__version__}, built " in facts
-    assert "cpu: reference. The Triton kernels do not run on 'cpu': they need a CUDA device." in facts
+    fast = library.available()
+    assert ("auto backend   cpu: cpu\n" in f"{facts}\n") == fast
     ops = [field.name for field in dataclasses.fields(Kernels) if field.name != "name"]
     rows = [line.split() for line in listed.splitlines()[2:]]
     assert {row[2] for row in rows} == {*ops, "model"}
-    assert all(row[:2] == ["cpu", "reference"] and row[3] == "ok" and len(row) == 6 for row in rows)
+    assert all(row[0] == "cpu" and row[3] == "ok" and len(row) == 6 for row in rows)
+    assert {row[1] for row in rows} == {"reference", "cpu"} if fast else {"reference"}
     assert verdict == "All passed. The GPU kernels were not checked: they need a CUDA device.\n"
 
 
