@@ -46,18 +46,24 @@ QB_INLINE vi dot_weight(vi acc, vu w, vb x) {
 #endif
 }
 
-// How the columns are cut: groups of weights, in them segments after which sums become floats.
+// How the columns are cut: groups of weights, in them segments after which sums become floats, in those blocks of
+// what a vector of weights holds. Inputs are laid out so, each segment filled up with zeros.
 struct Cut {
-    int64_t columns, groups, group, segments, per_group;
+    int64_t columns, groups, group, segments, per_group, block, blocks, line;
 
-    explicit Cut(const QbLinear &p) : columns(p.columns) {
+    Cut(const QbLinear &p, bool nibbles) : columns(p.columns) {
         // With two levels of scales, a row's integers are summed without scales in between.
         groups = p.channel_scale ? 1 : p.groups;
         group = columns / groups;
         per_group = p.x.dtype == QB_I8 ? 1 : (group + kFloatSegment - 1) / kFloatSegment;
         segments = groups * per_group;
+        block = nibbles ? 2 * kBytes : kBytes;
+        blocks = (size(0) + block - 1) / block;
+        line = segments * blocks * block;
     }
-    int64_t first(int64_t s) const { return s / per_group * group + s % per_group * kFloatSegment; }
+    int64_t first(int64_t s) const {
+        return per_group == 1 ? s * group : s / per_group * group + s % per_group * kFloatSegment;
+    }
     int64_t size(int64_t s) const {
         return per_group == 1 ? group : least(kFloatSegment, group - s % per_group * kFloatSegment);
     }
@@ -68,9 +74,89 @@ QB_INLINE float scale_at(const QbLinear &p, int64_t output, int64_t g) {
     return p.scale_dtype == QB_F32 ? ((const float *)p.scale)[i] : f16_value(((const uint16_t *)p.scale)[i]);
 }
 
-// What a sum of segment s of an output is multiplied with, but for the scale of x.
-QB_INLINE float sum_scale(const QbLinear &p, const Cut &cut, int64_t output, int64_t s) {
-    return p.channel_scale ? p.channel_scale[output] : scale_at(p, output, s / cut.per_group);
+// What the sums of each segment of an output are multiplied with, but for the scale of x: out [segments].
+QB_INLINE void segment_scales(const QbLinear &p, const Cut &cut, int64_t output, float *out) {
+    if (p.channel_scale || p.groups == 1) {
+        const float one = p.channel_scale ? p.channel_scale[output] : scale_at(p, output, 0);
+        for (int64_t s = 0; s < cut.segments; ++s) out[s] = one;
+        return;
+    }
+    // Of the groups first, at the end of out, then spread from the front: no scale is overwritten before it is read.
+    float *groups = out + cut.segments - cut.groups;
+    const int64_t from = p.scale_rows == 1 ? 0 : output * p.groups;
+    if (p.scale_dtype == QB_F32) {
+        __builtin_memcpy(groups, (const float *)p.scale + from, 4 * cut.groups);
+    } else {
+        const uint16_t *halves = (const uint16_t *)p.scale + from;
+        int64_t g = 0;
+        for (; g + kFloats <= cut.groups; g += kFloats) store(groups + g, from_f16(halves + g));
+        for (; g < cut.groups; ++g) groups[g] = f16_value(halves[g]);
+    }
+    if (cut.per_group == 1) return;
+    for (int64_t g = 0, s = 0; g < cut.groups; ++g) {
+        const float one = groups[g];
+        for (int64_t i = 0; i < cut.per_group; ++i) out[s++] = one;
+    }
+}
+
+// Vectors of weights.
+
+typedef uint16_t vs __attribute__((vector_size(kBytes)));
+
+QB_INLINE vu biased8(vu w) { return kBias8 ? w ^ (vu)(vb{} + (int8_t)-128) : w; }
+
+// Bytes of w from `part` on; none beyond the end of all weights are touched.
+QB_INLINE vu load_weights(const uint8_t *part, const uint8_t *end, bool at_end) {
+    if (!at_end || part + kBytes <= end) return load<vu>(part);
+    vu raw = {};
+    if (part < end) __builtin_memcpy(&raw, part, end - part);
+    return raw;
+}
+
+// The integers of two levels, by nibble: round(scale * code) and the bias, sixteen bytes again and again.
+QB_INLINE vu levels_of(float scale) {
+    alignas(64) int8_t table[16];
+    const vi lane = lanes();
+    for (int i = 0; i < 16; i += kFloats) {
+        const vi nibble = lane + i;
+        const vf code = to_float(nibble < 8 ? nibble : nibble - 16);
+        narrow(table + i, round_even(vmin(vmax(code * scale, splat(-128.0f)), splat(127.0f))));
+    }
+#if defined(__AVX512F__)
+    const vu all = (vu)_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)table));
+#elif defined(__AVX2__)
+    const vu all = (vu)_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)table));
+#else
+    const vu all = load<vu>(table);
+#endif
+    return biased8(all);
+}
+
+QB_INLINE vu look_up(vu table, vu nibbles) {
+#if defined(__AVX512F__)
+    return (vu)_mm512_shuffle_epi8((__m512i)table, (__m512i)nibbles);
+#elif defined(__AVX2__)
+    return (vu)_mm256_shuffle_epi8((__m256i)table, (__m256i)nibbles);
+#else
+    return (vu)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)nibbles);
+#endif
+}
+
+enum Way { kGroups, kWhole, kLevels };
+
+// The biased weights in a vector of bytes: for 4 bits those of even columns, then those of odd ones.
+template <Way way, int bits>
+QB_INLINE void unpack(vu raw, vu table, vu *w) {
+    if constexpr (bits == 8) {
+        w[0] = biased8(raw);
+    } else if constexpr (way == kLevels) {
+        w[0] = look_up(table, raw & 0x0f);
+        w[1] = look_up(table, (vu)((vs)raw >> 4) & 0x0f);
+    } else {
+        raw ^= 0x88;
+        w[0] = raw & 0x0f;
+        w[1] = (vu)((vs)raw >> 4) & 0x0f;
+    }
 }
 
 // Rows of x as bytes.
@@ -103,248 +189,230 @@ void split_row(const QbLinear &p, const Cut &cut, int64_t row, int8_t *high, int
     }
 }
 
+// Even bytes, then odd bytes, of two vectors.
+QB_INLINE void split_bytes(const int8_t *in, int8_t *out) {
+#if defined(__AVX512F__)
+    for (int i = 0; i < 2; ++i) {
+        const __m512i pairs = _mm512_loadu_si512(in + 64 * i);
+        _mm256_storeu_si256((__m256i *)(out + 32 * i), _mm512_cvtepi16_epi8(pairs));
+        _mm256_storeu_si256((__m256i *)(out + 64 + 32 * i), _mm512_cvtepi16_epi8(_mm512_srli_epi16(pairs, 8)));
+    }
+#else
+    for (int i = 0; i < kBytes; ++i) {
+        out[i] = in[2 * i];
+        out[kBytes + i] = in[2 * i + 1];
+    }
+#endif
+}
+
+// A plane of a row as a line: out [segments][blocks][block]; begin(s, sums) is given the products with the bias.
+template <bool nibbles, int bias, class Begin>
+QB_INLINE void lay_out_line(const Cut &cut, const int8_t *plane, int8_t *out, const Begin &begin) {
+    for (int64_t s = 0; s < cut.segments; ++s) {
+        const int8_t *in = plane + cut.first(s);
+        const int64_t size = cut.size(s);
+        vi sums = {};
+        for (int64_t b = 0; b < cut.blocks; ++b, out += cut.block) {
+            const int64_t left = size - b * cut.block;
+            if (left >= cut.block && nibbles) {
+                split_bytes(in + b * cut.block, out);
+            } else if (left >= cut.block) {
+                store(out, load<vb>(in + b * cut.block));
+            } else {
+                for (int64_t i = 0; i < cut.block; ++i) {
+                    const int64_t column = nibbles ? 2 * (i % kBytes) + i / kBytes : i;
+                    out[i] = column < left ? in[b * cut.block + column] : 0;
+                }
+            }
+            for (int64_t v = 0; v < cut.block; v += kBytes)
+                sums = dot(sums, (vu)(vb{} + (int8_t)bias), load<vb>(out + v));
+        }
+        begin(s, sums);
+    }
+}
+
+// The planes of a row: one of codes, or two of floats, which are put at `plain`, their scales at `scales`.
+QB_INLINE void planes_of(const QbLinear &p, const Cut &cut, int64_t row, int8_t *plain, float *scales,
+                         const int8_t **planes) {
+    if (p.x.dtype == QB_I8) {
+        planes[0] = (const int8_t *)at(p.x, 0, row);
+        return;
+    }
+    split_row(p, cut, row, plain, plain + cut.columns, scales);
+    planes[0] = plain;
+    planes[1] = plain + cut.columns;
+}
+
 // Few rows.
 
-// Each segment is padded with zeros to whole vectors. For 4 bits a pair of vectors holds the even and the odd columns.
 struct Few {
-    int64_t rows, planes, blocks;  // blocks of a segment
-    int64_t block;                 // columns of one
-    int8_t *x;                     // [rows * planes][segments][blocks][block]
-    vi *begin;                     // [rows * planes][segments], minus the bias times the sums of x
-    float *scales;                 // [rows][segments], of floats
+    int8_t *x;      // [rows * planes] lines
+    vi *begin;      // [rows * planes][segments], minus the bias times the sums of x
+    float *scales;  // [rows][segments], of floats
 };
 
-template <bool nibbles, int bias>
+template <bool nibbles, int bias, bool planes>
 Few prepare_few(const QbLinear &p, const Cut &cut) {
+    constexpr int64_t kPlanes = planes ? 2 : 1;
+    const int64_t lines = p.rows * kPlanes;
     Few few;
-    few.rows = p.rows;
-    few.planes = p.x.dtype == QB_I8 ? 1 : 2;
-    few.block = nibbles ? 2 * kBytes : kBytes;
-    few.blocks = (cut.size(0) + few.block - 1) / few.block;
-    const int64_t lines = few.rows * few.planes, line = cut.segments * few.blocks * few.block;
-    few.x = (int8_t *)quamba::scratch(4, lines * line);
+    few.x = (int8_t *)quamba::scratch(4, lines * cut.line);
     few.begin = (vi *)quamba::scratch(5, lines * cut.segments * (int64_t)sizeof(vi));
-    few.scales = (float *)quamba::scratch(6, 4 * few.rows * cut.segments);
-    int8_t *plain = (int8_t *)quamba::scratch(7, 2 * cut.columns);
-    for (int64_t row = 0; row < few.rows; ++row) {
-        const int8_t *planes[2] = {plain, plain + cut.columns};
-        if (few.planes == 1)
-            planes[0] = (const int8_t *)at(p.x, 0, row);
-        else
-            split_row(p, cut, row, plain, plain + cut.columns, few.scales + row * cut.segments);
-        for (int64_t plane = 0; plane < few.planes; ++plane) {
-            const int64_t number = row * few.planes + plane;
-            int8_t *out = few.x + number * line;
-            for (int64_t s = 0; s < cut.segments; ++s) {
-                const int8_t *in = planes[plane] + cut.first(s);
-                const int64_t size = cut.size(s);
-                vi acc = {};
-                for (int64_t b = 0; b < few.blocks; ++b, out += few.block) {
-                    const int64_t left = size - b * few.block;
-                    for (int64_t i = 0; i < few.block; ++i) {
-                        const int64_t column = nibbles ? 2 * (i % kBytes) + i / kBytes : i;
-                        out[i] = column < left ? in[b * few.block + column] : 0;
-                    }
-                    for (int64_t v = 0; v < few.block; v += kBytes)
-                        acc = dot(acc, (vu)(vb{} + (int8_t)bias), load<vb>(out + v));
-                }
-                few.begin[number * cut.segments + s] = -acc;
-            }
+    few.scales = (float *)quamba::scratch(6, 4 * p.rows * cut.segments);
+    int8_t *plain = (int8_t *)quamba::scratch(7, 2 * cut.columns + kBytes);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        const int8_t *both[2];
+        planes_of(p, cut, row, plain, few.scales + row * cut.segments, both);
+        for (int64_t plane = 0; plane < kPlanes; ++plane) {
+            const int64_t line = row * kPlanes + plane;
+            vi *begin = few.begin + line * cut.segments;
+            // Of two planes the lower one begins for both, since their sums are put together.
+            const vi *upper = plane == 1 ? begin - cut.segments : nullptr;
+            lay_out_line<nibbles, bias>(cut, both[plane], few.x + line * cut.line, [&](int64_t s, vi sums) {
+                begin[s] = (upper ? upper[s] << 7 : vi{}) - sums;
+            });
         }
     }
     return few;
 }
 
-QB_INLINE vu biased8(vu w) { return kBias8 ? w ^ (vu)(vb{} + (int8_t)-128) : w; }
-
-// The integers of two levels, by nibble: round(scale * code) + bias in each of sixteen places.
-struct Levels {
-    alignas(16) uint8_t integers[16];
-
-    void fill(float scale) {
-        for (int v = 0; v < 16; ++v) {
-            const float w = __builtin_rintf(scale * (float)(v < 8 ? v : v - 16));
-            integers[v] = (uint8_t)((int)least(most(w, -128.0f), 127.0f) + kBias8);
-        }
-    }
-};
-
-QB_INLINE vu look_up(const Levels &levels, vu nibbles) {
-#if defined(__AVX512F__)
-    const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)levels.integers));
-    return (vu)_mm512_shuffle_epi8(table, (__m512i)nibbles);
-#elif defined(__AVX2__)
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)levels.integers));
-    return (vu)_mm256_shuffle_epi8(table, (__m256i)nibbles);
-#else
-    return (vu)vqtbl1q_u8(vld1q_u8(levels.integers), (uint8x16_t)nibbles);
-#endif
-}
-
-// Sums of one row of w with `lines` lines of x (rows, or two planes of each), floats but for the scale of integers.
-template <int bits, int lines, bool planes>
-QB_INLINE void few_outputs(const QbLinear &p, const Cut &cut, const Few &few, int64_t output, int64_t first_line,
-                           bool at_end, float *y) {
+// Sums of a row of w with some rows of x, a vector each that is still to be added up: total [rows].
+// scales [segments]; blocks_known 0: any number of blocks. One row at a time keeps memory in one stream, which is
+// twice as fast as two.
+template <Way way, int bits, int rows, bool planes, bool at_end, int blocks_known>
+QB_INLINE void few_totals(const QbLinear &p, const Cut &cut, const Few &few, int64_t output, int64_t row,
+                          const float *scales, vf *total) {
+    constexpr int lines = planes ? 2 * rows : rows, vectors = bits == 4 ? 2 : 1;
+    constexpr int64_t block = vectors * kBytes;
     const int64_t row_bytes = bits == 4 ? cut.columns / 2 : cut.columns;
     const uint8_t *w = (const uint8_t *)p.weight + output * row_bytes;
     const uint8_t *end = (const uint8_t *)p.weight + p.outputs * row_bytes;
-    const int64_t line = cut.segments * few.blocks * few.block;
+    const int64_t first_line = planes ? 2 * row : row;
+    const int64_t segments = cut.segments, line = cut.line, per_group = cut.per_group, group = cut.group;
+    const int64_t blocks = blocks_known ? blocks_known : cut.blocks;
     const int8_t *x = few.x + first_line * line;
-    const vi *begin = few.begin + first_line * cut.segments;
-    constexpr int rows = planes ? lines / 2 : lines;
-    const float *x_scales = few.scales + first_line / 2 * cut.segments;
-    vf total[rows] = {};
-    for (int64_t s = 0; s < cut.segments; ++s) {
-        vi acc[lines];
-        for (int i = 0; i < lines; ++i) acc[i] = begin[i * cut.segments + s];
-        const uint8_t *part = w + (bits == 4 ? cut.first(s) / 2 : cut.first(s));
-        for (int64_t b = 0; b < few.blocks; ++b, part += kBytes) {
-            const int8_t *block = x + (s * few.blocks + b) * few.block;
-            vu raw;
-            if (at_end && part + kBytes > end) {
-                raw = vu{};
-                __builtin_memcpy(&raw, part, end > part ? end - part : 0);
-            } else {
-                raw = load<vu>(part);
-                __builtin_prefetch(part + 2048);
-            }
-            if constexpr (bits == 4) {
-                raw ^= 0x88;
-                typedef uint16_t vs __attribute__((vector_size(kBytes)));
-                const vu even = raw & 0x0f, odd = (vu)((vs)raw >> 4) & 0x0f;
-                for (int i = 0; i < lines; ++i) {
-                    acc[i] = dot_small(acc[i], even, load<vb>(block + i * line));
-                    acc[i] = dot_small(acc[i], odd, load<vb>(block + i * line + kBytes));
-                }
-            } else {
-                const vu even = biased8(raw);
-                for (int i = 0; i < lines; ++i)
-                    acc[i] = dot_weight<8>(acc[i], even, load<vb>(block + i * line));
-            }
+    const vi *begin = few.begin + first_line * segments;
+    const float *x_scales = few.scales + row * segments;
+    // Of two levels: the group at hand, and where the next one begins.
+    vu table = {};
+    int64_t level = 0, next_level = 0;
+    const int64_t level_size = way == kLevels ? cut.columns / p.groups : 0;
+    vf sums[rows] = {};
+    int64_t group_first = 0, in_group = 0;
+    for (int64_t s = 0; s < segments; ++s) {
+        const int64_t first = group_first + in_group * kFloatSegment;
+        if (++in_group == per_group) {
+            in_group = 0;
+            group_first += group;
         }
-        const float by = sum_scale(p, cut, output, s);
+        vi acc[lines];
+        for (int i = 0; i < lines; ++i) acc[i] = planes && i % 2 == 0 ? vi{} : begin[i * segments + s];
+        for (int64_t b = 0; b < blocks; ++b, x += block) {
+            const int64_t column = first + b * block;
+            if constexpr (way == kLevels) {
+                if (column >= next_level && column < cut.columns) {
+                    table = levels_of(scale_at(p, output, level++));
+                    next_level += level_size;
+                }
+            }
+            const uint8_t *part = w + (bits == 4 ? column / 2 : column);
+            vu unpacked[vectors];
+            __builtin_prefetch(part + 4096);
+            unpack<way, bits>(load_weights(part, end, at_end), table, unpacked);
+            for (int i = 0; i < lines; ++i)
+                for (int v = 0; v < vectors; ++v)
+                    acc[i] = dot_weight<way == kLevels ? 8 : bits>(acc[i], unpacked[v],
+                                                                  load<vb>(x + i * line + v * kBytes));
+        }
         for (int i = 0; i < rows; ++i) {
             if constexpr (planes)
-                total[i] += to_float((acc[2 * i] << 7) + acc[2 * i + 1]) * (by * x_scales[i * cut.segments + s]);
+                sums[i] += to_float((acc[2 * i] << 7) + acc[2 * i + 1]) * (scales[s] * x_scales[i * segments + s]);
             else
-                total[i] += to_float(acc[i]) * by;
+                sums[i] += to_float(acc[i]) * scales[s];
         }
     }
-    for (int i = 0; i < rows; ++i) y[i] = sum(total[i]);
+    for (int i = 0; i < rows; ++i) total[i] = sums[i];
 }
 
 // One scale a row and integer inputs: the sum stays an integer to its end, as the definition has it.
 template <int lines>
-QB_INLINE void few_outputs_whole(const QbLinear &p, const Cut &cut, const Few &few, int64_t output,
-                                 int64_t first_line, bool at_end, float *y) {
+QB_INLINE void few_whole(const QbLinear &p, const Cut &cut, const Few &few, int64_t output, int64_t first_line,
+                         bool at_end, float *y) {
     const uint8_t *w = (const uint8_t *)p.weight + output * cut.columns;
     const uint8_t *end = (const uint8_t *)p.weight + p.outputs * cut.columns;
-    const int64_t line = few.blocks * few.block;
-    const int8_t *x = few.x + first_line * line;
+    const int8_t *x = few.x + first_line * cut.line;
     vi acc[lines], more[lines] = {};
     for (int i = 0; i < lines; ++i) acc[i] = few.begin[first_line + i];
     int64_t b = 0;
-    const int64_t whole = at_end ? least(few.blocks, (end - w) / kBytes) : few.blocks;
+    const int64_t whole = at_end ? least(cut.blocks, (end - w) / kBytes) : cut.blocks;
     for (; b + 2 <= whole; b += 2) {
         const vu even = biased8(load<vu>(w + b * kBytes)), odd = biased8(load<vu>(w + (b + 1) * kBytes));
         __builtin_prefetch(w + b * kBytes + 4096);
         __builtin_prefetch(w + b * kBytes + 4096 + kBytes);
         for (int i = 0; i < lines; ++i) {
-            acc[i] = dot_weight<8>(acc[i], even, load<vb>(x + i * line + b * kBytes));
-            more[i] = dot_weight<8>(more[i], odd, load<vb>(x + i * line + (b + 1) * kBytes));
+            acc[i] = dot_weight<8>(acc[i], even, load<vb>(x + i * cut.line + b * kBytes));
+            more[i] = dot_weight<8>(more[i], odd, load<vb>(x + i * cut.line + (b + 1) * kBytes));
         }
     }
-    for (; b < few.blocks; ++b) {
-        vu raw = {};
-        const int64_t left = end - (w + b * kBytes);
-        __builtin_memcpy(&raw, w + b * kBytes, least(most(left, 0), kBytes));
-        raw = biased8(raw);
-        for (int i = 0; i < lines; ++i) acc[i] = dot_weight<8>(acc[i], raw, load<vb>(x + i * line + b * kBytes));
+    for (; b < cut.blocks; ++b) {
+        const vu part = biased8(load_weights(w + b * kBytes, end, true));
+        for (int i = 0; i < lines; ++i) acc[i] = dot_weight<8>(acc[i], part, load<vb>(x + i * cut.line + b * kBytes));
     }
-    const float by = sum_scale(p, cut, output, 0);
+    const float by = scale_at(p, output, 0);
     for (int i = 0; i < lines; ++i) y[i] = (float)sum(acc[i] + more[i]) * by;
 }
 
-// Two levels of scales: the integers of a row are looked up by nibble, group by group.
-template <int lines, bool planes>
-QB_INLINE void few_outputs_levels(const QbLinear &p, const Cut &cut, const Few &few, int64_t output,
-                                  int64_t first_line, bool at_end, float *y) {
-    const int64_t row_bytes = cut.columns / 2, line = cut.segments * few.blocks * few.block;
-    const uint8_t *w = (const uint8_t *)p.weight + output * row_bytes;
-    const uint8_t *end = (const uint8_t *)p.weight + p.outputs * row_bytes;
-    const int64_t level = cut.columns / p.groups;
-    constexpr int rows = planes ? lines / 2 : lines;
-    vf total[rows] = {};
-    Levels levels;
-    int64_t filled = -1;
-    for (int64_t s = 0; s < cut.segments; ++s) {
-        vi acc[lines];
-        for (int i = 0; i < lines; ++i) acc[i] = few.begin[(first_line + i) * cut.segments + s];
-        for (int64_t b = 0; b < few.blocks; ++b) {
-            const int64_t first = cut.first(s) + b * few.block;
-            if (first >= cut.columns) break;
-            const uint8_t *part = w + first / 2;
-            if (first / level != filled) {
-                filled = first / level;
-                levels.fill(scale_at(p, output, filled));
-            }
-            vu raw = {};
-            if (at_end && part + kBytes > end)
-                __builtin_memcpy(&raw, part, end - part);
-            else
-                raw = load<vu>(part);
-            typedef uint16_t vs __attribute__((vector_size(kBytes)));
-            const vu even = look_up(levels, raw & 0x0f), odd = look_up(levels, (vu)((vs)raw >> 4) & 0x0f);
-            for (int i = 0; i < lines; ++i) {
-                const int8_t *block = few.x + (first_line + i) * line + (s * few.blocks + b) * few.block;
-                acc[i] = dot_weight<8>(acc[i], even, load<vb>(block));
-                acc[i] = dot_weight<8>(acc[i], odd, load<vb>(block + kBytes));
-            }
-        }
-        const float by = p.channel_scale[output];
-        for (int i = 0; i < rows; ++i) {
-            const float *x_scale = few.scales + (first_line / 2 + i) * cut.segments + s;
-            if constexpr (planes)
-                total[i] += to_float((acc[2 * i] << 7) + acc[2 * i + 1]) * (by * *x_scale);
-            else
-                total[i][0] += (float)sum(acc[i]) * by;
-        }
-    }
-    for (int i = 0; i < rows; ++i) y[i] = planes ? sum(total[i]) : total[i][0];
-}
-
-enum Way { kGroups, kWhole, kLevels };
-
+// Outputs [first, last) of some rows of x: out [rows][stride].
 template <Way way, int bits, int rows, bool planes>
 void few_part(const QbLinear &p, const Cut &cut, const Few &few, int64_t first, int64_t last, int64_t row,
               float *out, int64_t stride) {
-    constexpr int lines = planes ? 2 * rows : rows;
-    for (int64_t output = first; output < last; ++output) {
-        float y[rows];
-        // Vectors reach beyond a row, but not beyond the last one.
-        const bool at_end = (p.outputs - output - 1) * (bits == 4 ? cut.columns / 2 : cut.columns) < 256;
-        if constexpr (way == kWhole)
-            few_outputs_whole<lines>(p, cut, few, output, row, at_end, y);
-        else if constexpr (way == kLevels)
-            few_outputs_levels<lines, planes>(p, cut, few, output, row * few.planes, at_end, y);
-        else
-            few_outputs<bits, lines, planes>(p, cut, few, output, row * few.planes, at_end, y);
-        const float by = !planes && p.x_scale ? *p.x_scale : 1.0f;
-        for (int i = 0; i < rows; ++i) out[i * stride + output - first] = y[i] * by;
+    const int64_t row_bytes = bits == 4 ? cut.columns / 2 : cut.columns;
+    // Vectors reach beyond a row, but must not beyond the last one.
+    const auto at_end = [&](int64_t output) { return (p.outputs - output - 1) * row_bytes < 4 * kBytes + 256; };
+    const float by = !planes && p.x_scale ? *p.x_scale : 1.0f;
+    if constexpr (way == kWhole) {
+        for (int64_t output = first; output < last; ++output) {
+            float y[rows];
+            few_whole<rows>(p, cut, few, output, row, at_end(output), y);
+            for (int i = 0; i < rows; ++i) out[i * stride + output - first] = y[i] * by;
+        }
+    } else {
+        float *scales = (float *)quamba::scratch(2, 4 * cut.segments);
+        for (int64_t start = first; start < last; start += kFloats) {
+            const int64_t count = least(kFloats, last - start);
+            vf totals[rows][kFloats] = {};
+            for (int64_t o = 0; o < count; ++o) {
+                const int64_t output = start + o;
+                vf some[rows];
+                segment_scales(p, cut, output, scales);
+                if (at_end(output))
+                    few_totals<way, bits, rows, planes, true, 0>(p, cut, few, output, row, scales, some);
+                else if (cut.blocks == 1)
+                    few_totals<way, bits, rows, planes, false, 1>(p, cut, few, output, row, scales, some);
+                else if (cut.blocks == 2)
+                    few_totals<way, bits, rows, planes, false, 2>(p, cut, few, output, row, scales, some);
+                else
+                    few_totals<way, bits, rows, planes, false, 0>(p, cut, few, output, row, scales, some);
+                for (int i = 0; i < rows; ++i) totals[i][o] = some[i];
+            }
+            for (int i = 0; i < rows; ++i)
+                store_upto(out + i * stride + start - first, sums_of(totals[i]) * by, count);
+        }
     }
 }
 
 template <Way way, int bits, bool planes>
-void few_rows(const QbLinear &p, const Cut &cut) {
-    const Few few = prepare_few<bits == 4, bits == 4 && way != kLevels ? kBias4 : kBias8>(p, cut);
+void few_rows(const QbLinear &p) {
+    const Cut cut(p, bits == 4);
+    const Few few = prepare_few<bits == 4, bits == 4 && way != kLevels ? kBias4 : kBias8, planes>(p, cut);
     // 32 KiB of weights are a microsecond of memory: enough to be worth a part.
     const int64_t size = part_size(p.outputs, most(32768 * 8 / bits / cut.columns, 1), kFloats);
     each((p.outputs + size - 1) / size, [&](int64_t part) {
         const int64_t first = part * size, last = least(first + size, p.outputs), count = last - first;
         float *out = (float *)quamba::scratch(1, 4 * kMostAtOnce * size);
         for (int64_t row = 0; row < p.rows;) {
-            const int64_t rows = least(p.rows - row, planes ? 2 : kMostAtOnce);
-            if (rows >= 4 && !planes)
+            const int64_t left = p.rows - row, rows = planes ? least(left, 2) : least(left, kMostAtOnce);
+            if (rows == 4)
                 few_part<way, bits, planes ? 1 : 4, planes>(p, cut, few, first, last, row, out, size);
             else if (rows == 3)
                 few_part<way, bits, planes ? 1 : 3, planes>(p, cut, few, first, last, row, out, size);
@@ -364,122 +432,111 @@ void few_rows(const QbLinear &p, const Cut &cut) {
 
 // Many rows.
 
-// A tile of w for outer products: [segments][steps of 4 columns][kTileOutputs][4] biased bytes.
+// A tile of w for outer products: [segments][steps of 4 bytes of a line][kTileOutputs][4] biased bytes.
 struct Tile {
     uint8_t *w;
     float *scales;  // [segments][kTileOutputs]
 };
 
 struct Many {
-    int64_t lines, planes, steps, line;  // steps of 4 columns of a segment; bytes of a line of x
-    int8_t *x;                           // [lines][segments][steps][4]; planes of a row are neighbours
-    int32_t *begin;                      // [lines][segments]
-    float *scales;                       // [rows][segments]
+    int64_t lines, steps;
+    int8_t *x;       // lines; the planes of a row are neighbours
+    int32_t *begin;  // [lines][segments]
+    float *scales;   // [rows][segments], of floats
 };
 
-template <int bias>
+template <bool nibbles, int bias, bool planes>
 Many prepare_many(const QbLinear &p, const Cut &cut) {
+    constexpr int64_t kPlanes = planes ? 2 : 1, kRows = 8;
     Many many;
-    many.planes = p.x.dtype == QB_I8 ? 1 : 2;
-    many.lines = p.rows * many.planes;
-    many.steps = (cut.size(0) + 3) / 4;
-    many.line = cut.segments * many.steps * 4;
-    // A tile reads kTileRows lines, the last one whole.
+    many.lines = p.rows * kPlanes;
+    many.steps = cut.blocks * cut.block / 4;
+    // The last tile reads kTileRows lines, too.
     const int64_t lines = (many.lines + kTileRows - 1) / kTileRows * kTileRows;
-    many.x = (int8_t *)quamba::scratch(4, lines * many.line);
+    many.x = (int8_t *)quamba::scratch(4, lines * cut.line);
     many.begin = (int32_t *)quamba::scratch(5, 4 * lines * cut.segments);
     many.scales = (float *)quamba::scratch(6, 4 * lines * cut.segments);
-    for (int64_t i = many.lines; i < lines; ++i) {
-        __builtin_memset(many.x + i * many.line, 0, many.line);
-        __builtin_memset(many.begin + i * cut.segments, 0, 4 * cut.segments);
-    }
-    const bool padded = many.line != cut.columns;
-    const int64_t rows = 8;
-    each((p.rows + rows - 1) / rows, [&](int64_t part) {
-        int8_t *plain = (int8_t *)quamba::scratch(1, 2 * cut.columns + 2 * kBytes);
-        for (int64_t row = part * rows; row < least((part + 1) * rows, p.rows); ++row) {
-            const int8_t *planes[2] = {plain, plain + cut.columns};
-            if (many.planes == 1)
-                planes[0] = (const int8_t *)at(p.x, 0, row);
-            else
-                split_row(p, cut, row, plain, plain + cut.columns, many.scales + row * cut.segments);
-            for (int64_t plane = 0; plane < many.planes; ++plane) {
-                const int64_t number = row * many.planes + plane;
-                int8_t *out = many.x + number * many.line;
-                for (int64_t s = 0; s < cut.segments; ++s, out += 4 * many.steps) {
-                    const int64_t size = cut.size(s);
-                    __builtin_memcpy(out, planes[plane] + cut.first(s), size);
-                    if (padded) __builtin_memset(out + size, 0, 4 * many.steps - size);
-                    int32_t sum = 0;
-                    for (int64_t i = 0; i < size; ++i) sum += out[i];
-                    many.begin[number * cut.segments + s] = -bias * sum;
-                }
+    __builtin_memset(many.x + many.lines * cut.line, 0, (lines - many.lines) * cut.line);
+    __builtin_memset(many.begin + many.lines * cut.segments, 0, 4 * (lines - many.lines) * cut.segments);
+    each((p.rows + kRows - 1) / kRows, [&](int64_t part) {
+        int8_t *plain = (int8_t *)quamba::scratch(1, 2 * cut.columns + kBytes);
+        for (int64_t row = part * kRows; row < least((part + 1) * kRows, p.rows); ++row) {
+            const int8_t *both[2];
+            planes_of(p, cut, row, plain, many.scales + row * cut.segments, both);
+            for (int64_t plane = 0; plane < kPlanes; ++plane) {
+                const int64_t line = row * kPlanes + plane;
+                int32_t *begin = many.begin + line * cut.segments;
+                lay_out_line<nibbles, bias>(cut, both[plane], many.x + line * cut.line,
+                                            [&](int64_t s, vi sums) { begin[s] = -sum(sums); });
             }
         }
     });
     return many;
 }
 
-// Codes of columns [first, first + count) of a row of w, biased; count <= kFloatSegment or any for bytes.
+// Rows and columns of kFloats vectors of four bytes each change places.
+template <int kStep = 1>
+QB_INLINE void transpose(vf *v) {
+    if constexpr (kStep < kFloats) {
+        const vi odd = (lanes() & kStep) != 0;
+        QB_UNROLL
+        for (int i = 0; i < kFloats; ++i)
+            if (!(i & kStep)) {
+                const vf a = v[i], b = v[i + kStep];
+                v[i] = odd ? swap_lanes<kStep>(b) : a;
+                v[i + kStep] = odd ? b : swap_lanes<kStep>(a);
+            }
+        transpose<2 * kStep>(v);
+    }
+}
+
 template <Way way, int bits>
-QB_INLINE void read_weights(const QbLinear &p, int64_t output, int64_t first, int64_t count, uint8_t *out) {
-    if constexpr (bits == 8) {
-        const uint8_t *in = (const uint8_t *)p.weight + output * p.columns + first;
-        for (int64_t i = 0; i < count; ++i) out[i] = in[i] ^ (uint8_t)kBias8;
-    } else {
-        const uint8_t *in = (const uint8_t *)p.weight + (output * p.columns + first) / 2;
-        if constexpr (way == kLevels) {
-            const int64_t level = p.columns / p.groups;
-            Levels levels;
-            for (int64_t i = 0; i < count;) {
-                levels.fill(scale_at(p, output, (first + i) / level));
-                const int64_t end = least(count, ((first + i) / level + 1) * level - first);
-                for (; i < end; i += 2) {
-                    out[i] = levels.integers[in[i / 2] & 15];
-                    out[i + 1] = levels.integers[in[i / 2] >> 4];
+void lay_out_tile(const QbLinear &p, const Cut &cut, int64_t first_output, Tile &tile) {
+    constexpr int vectors = bits == 4 ? 2 : 1;
+    const int64_t row_bytes = bits == 4 ? cut.columns / 2 : cut.columns;
+    const uint8_t *end = (const uint8_t *)p.weight + p.outputs * row_bytes;
+    const int64_t level_size = way == kLevels ? cut.columns / p.groups : 0;
+    float *scales = (float *)quamba::scratch(0, 4 * cut.segments);
+    for (int64_t o = 0; o < kTileOutputs; ++o) {
+        if (first_output + o < p.outputs) segment_scales(p, cut, first_output + o, scales);
+        for (int64_t s = 0; s < cut.segments; ++s)
+            tile.scales[s * kTileOutputs + o] = first_output + o < p.outputs ? scales[s] : 0.0f;
+    }
+    for (int64_t v = 0; v < kTileVectors; ++v) {
+        const int64_t output = first_output + v * kFloats, count = least(kFloats, p.outputs - output);
+        vu tables[kFloats] = {};
+        int64_t filled = -1;
+        for (int64_t s = 0; s < cut.segments; ++s)
+            for (int64_t b = 0; b < cut.blocks; ++b) {
+                const int64_t column = cut.first(s) + b * cut.block;
+                if (way == kLevels && column < cut.columns && column / level_size != filled) {
+                    filled = column / level_size;
+                    for (int64_t o = 0; o < count; ++o) tables[o] = levels_of(scale_at(p, output + o, filled));
+                }
+                vf rows[vectors][kFloats] = {};
+                const uint8_t *part = (const uint8_t *)p.weight + (bits == 4 ? column / 2 : column);
+                for (int64_t o = 0; o < count; ++o) {
+                    vu w[vectors];
+                    unpack<way, bits>(load_weights(part + (output + o) * row_bytes, end, true), tables[o], w);
+                    for (int i = 0; i < vectors; ++i) rows[i][o] = (vf)w[i];
+                }
+                for (int i = 0; i < vectors; ++i) {
+                    transpose(rows[i]);
+                    const int64_t step = (s * cut.blocks + b) * (cut.block / 4) + i * kFloats;
+                    for (int k = 0; k < kFloats; ++k)
+                        store(tile.w + ((step + k) * kTileVectors + v) * kBytes, rows[i][k]);
                 }
             }
-        } else {
-            for (int64_t i = 0; i < count / 2; ++i) {
-                const uint8_t both = in[i] ^ 0x88;
-                out[2 * i] = both & 15;
-                out[2 * i + 1] = both >> 4;
-            }
-        }
     }
 }
 
-template <Way way, int bits>
-void lay_out(const QbLinear &p, const Cut &cut, const Many &many, int64_t first_output, Tile &tile) {
-    const int64_t count = least(kTileOutputs, p.outputs - first_output);
-    uint8_t *line = (uint8_t *)quamba::scratch(0, many.steps * 4 + kBytes);
-    for (int64_t s = 0; s < cut.segments; ++s) {
-        uint32_t *out = (uint32_t *)(tile.w + s * many.steps * 4 * kTileOutputs);
-        for (int64_t o = 0; o < kTileOutputs; ++o) {
-            if (o >= count) {
-                for (int64_t k = 0; k < many.steps; ++k) out[k * kTileOutputs + o] = 0;
-                tile.scales[s * kTileOutputs + o] = 0;
-                continue;
-            }
-            tile.scales[s * kTileOutputs + o] = sum_scale(p, cut, first_output + o, s);
-            const int64_t size = cut.size(s);
-            read_weights<way, bits>(p, first_output + o, cut.first(s), size, line);
-            for (int64_t i = size; i < 4 * many.steps; ++i) line[i] = 0;
-            for (int64_t k = 0; k < many.steps; ++k) {
-                uint32_t four;
-                __builtin_memcpy(&four, line + 4 * k, 4);
-                out[k * kTileOutputs + o] = four;
-            }
-        }
-    }
-}
-
-// y [kTileRows][kTileOutputs] of kTileRows lines of x and a tile.
+// y [kTileRows][kTileOutputs] of kTileRows lines of x and a tile; half as many rows where a row has two planes.
 template <int bits, bool planes>
 QB_INLINE void outer(const Cut &cut, const Many &many, const Tile &tile, int64_t line, float *y) {
-    const int8_t *x = many.x + line * many.line;
+    const int8_t *x = many.x + line * cut.line;
     const int32_t *begin = many.begin + line * cut.segments;
-    vf total[planes ? kTileRows / 2 : kTileRows][kTileVectors];
+    constexpr int rows = planes ? kTileRows / 2 : kTileRows;
+    vf total[rows][kTileVectors];
     for (int64_t s = 0; s < cut.segments; ++s) {
         const uint8_t *w = tile.w + s * many.steps * 4 * kTileOutputs;
         const int8_t *in = x + s * many.steps * 4;
@@ -490,38 +547,33 @@ QB_INLINE void outer(const Cut &cut, const Many &many, const Tile &tile, int64_t
             vu column[kTileVectors];
             for (int v = 0; v < kTileVectors; ++v) column[v] = load<vu>(w + (k * kTileVectors + v) * kBytes);
             for (int i = 0; i < kTileRows; ++i) {
-                const vb four = splat4(in + i * many.line + 4 * k);
+                const vb four = splat4(in + i * cut.line + 4 * k);
                 for (int v = 0; v < kTileVectors; ++v) acc[i][v] = dot_weight<bits>(acc[i][v], column[v], four);
             }
         }
         vf by[kTileVectors];
         for (int v = 0; v < kTileVectors; ++v) by[v] = loadf(tile.scales + s * kTileOutputs + v * kFloats);
-        if constexpr (planes) {
-            for (int i = 0; i < kTileRows / 2; ++i) {
-                const float x_scale = many.scales[(line / 2 + i) * cut.segments + s];
-                for (int v = 0; v < kTileVectors; ++v) {
-                    const vf part = to_float((acc[2 * i][v] << 7) + acc[2 * i + 1][v]) * (by[v] * x_scale);
-                    total[i][v] = s ? total[i][v] + part : part;
-                }
+        for (int i = 0; i < rows; ++i)
+            for (int v = 0; v < kTileVectors; ++v) {
+                vf part;
+                if constexpr (planes)
+                    part = to_float((acc[2 * i][v] << 7) + acc[2 * i + 1][v]) *
+                           (by[v] * many.scales[(line / 2 + i) * cut.segments + s]);
+                else
+                    part = to_float(acc[i][v]) * by[v];
+                total[i][v] = s ? total[i][v] + part : part;
             }
-        } else {
-            for (int i = 0; i < kTileRows; ++i)
-                for (int v = 0; v < kTileVectors; ++v) {
-                    const vf part = to_float(acc[i][v]) * by[v];
-                    total[i][v] = s ? total[i][v] + part : part;
-                }
-        }
     }
-    for (int i = 0; i < (planes ? kTileRows / 2 : kTileRows); ++i)
+    for (int i = 0; i < rows; ++i)
         for (int v = 0; v < kTileVectors; ++v) store(y + i * kTileOutputs + v * kFloats, total[i][v]);
 }
 
 template <Way way, int bits, bool planes>
-void many_rows(const QbLinear &p, const Cut &cut) {
-    constexpr int bias = bits == 4 && way != kLevels ? kBias4 : kBias8;
-    const Many many = prepare_many<bias>(p, cut);
-    const int64_t tiles = (p.outputs + kTileOutputs - 1) / kTileOutputs;
-    const int64_t blocks = (many.lines + kTileRows - 1) / kTileRows;
+void many_rows(const QbLinear &p) {
+    const Cut cut(p, bits == 4);
+    const Many many = prepare_many<bits == 4, bits == 4 && way != kLevels ? kBias4 : kBias8, planes>(p, cut);
+    constexpr int64_t kRows = planes ? kTileRows / 2 : kTileRows;
+    const int64_t tiles = (p.outputs + kTileOutputs - 1) / kTileOutputs, blocks = (p.rows + kRows - 1) / kRows;
     // A tile is laid out once for all rows, unless there are too few tiles to share.
     const int64_t wanted = quamba::threads() == 1 ? 1 : 4 * quamba::threads();
     const int64_t cuts = least(most((wanted + tiles - 1) / tiles, 1), blocks);
@@ -531,19 +583,18 @@ void many_rows(const QbLinear &p, const Cut &cut) {
         Tile tile;
         tile.w = (uint8_t *)quamba::scratch(1, cut.segments * many.steps * 4 * kTileOutputs);
         tile.scales = (float *)quamba::scratch(2, 4 * cut.segments * kTileOutputs);
-        lay_out<way, bits>(p, cut, many, first, tile);
-        float y[kTileRows * kTileOutputs], bias_of[kTileOutputs] = {};
+        lay_out_tile<way, bits>(p, cut, first, tile);
+        float y[kRows * kTileOutputs], bias_of[kTileOutputs] = {};
         if (p.bias) __builtin_memcpy(bias_of, p.bias + first, 4 * count);
         const float by = !planes && p.x_scale ? *p.x_scale : 1.0f;
         const int64_t begin = part % cuts * depth;
         for (int64_t block = begin; block < least(begin + depth, blocks); ++block) {
             outer<way == kLevels ? 8 : bits, planes>(cut, many, tile, block * kTileRows, y);
-            const int64_t per_block = planes ? kTileRows / 2 : kTileRows, row = block * per_block;
-            for (int64_t i = 0; i < least(per_block, p.rows - row); ++i) {
+            for (int64_t i = 0; i < least(kRows, p.rows - block * kRows); ++i) {
                 float *out = y + i * kTileOutputs;
                 for (int v = 0; v < kTileOutputs; v += kFloats)
                     store(out + v, loadf(out + v) * by + loadf(bias_of + v));
-                write_row(p.y, 0, row + i, first, count, out);
+                write_row(p.y, 0, block * kRows + i, first, count, out);
             }
         }
     });
@@ -622,8 +673,7 @@ void float_rows(const QbLinear &p) {
 
 template <Way way, int bits, bool planes>
 void product(const QbLinear &p) {
-    const Cut cut(p);
-    p.rows < kManyRows ? few_rows<way, bits, planes>(p, cut) : many_rows<way, bits, planes>(p, cut);
+    p.rows < kManyRows ? few_rows<way, bits, planes>(p) : many_rows<way, bits, planes>(p);
 }
 
 }  // namespace
