@@ -395,7 +395,7 @@ QB_INLINE vi dot(vi acc, vu a, vb b) {
     return (vi)vusdotq_s32((int32x4_t)acc, (uint8x16_t)a, (int8x16_t)b);
 #elif defined(__ARM_FEATURE_DOTPROD)
     // a = (a - 128) + 128: the signed product, and 128 times the sum of b.
-    const int8x16_t shifted = (int8x16_t)(a ^ (vu)(vb{} - 128));
+    const int8x16_t shifted = (int8x16_t)(a ^ (uint8_t)0x80);
     const int32x4_t sums = vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), (int8x16_t)b);
     return (vi)vaddq_s32(vdotq_s32((int32x4_t)acc, shifted, (int8x16_t)b), vshlq_n_s32(sums, 7));
 #else

@@ -109,7 +109,7 @@ def command(ctx: click.Context, model: str, as_json: bool, verbose: bool, **opti
     record["scored"] = {s.text.name: s.to_dict() for s in scores}
     add_to_record(record, runs)
     if as_json:
-        keys = ("model", "size_mib", "ppl", "scored", "lm_eval", "tasks")
+        keys = ("model", "recipe", "calibration", "size_mib", "ppl", "scored", "lm_eval", "tasks")
         click.echo(json.dumps(jsonable({key: record[key] for key in keys}), indent=2))
     else:
         if scores:
