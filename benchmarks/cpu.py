@@ -10,8 +10,8 @@ not the head one row, every state read and written) times the steps, compared wi
 the same threads gave, the best of just before and just after. Peak memory is that of the process; what
 importing torch took of it stands beside.
 
-llama.cpp: its tokens a second on the machine that benchmarks/llama_cpp.json names, at equal weight bits
-(Q8_0 for w8a8, Q4_0 for the others), and the ratio to them. Rows go to
+llama.cpp: its tokens a second on the machine that benchmarks/llama_cpp.json, or --peer, names, at equal
+weight bits (Q8_0 for w8a8, Q4_0 for the others), and the ratio to them. Rows go to
 benchmarks/results/cpu-{machine}.json one by one.
 """
 
@@ -77,6 +77,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max_seconds", type=float, default=3600.0, help="start no further row after these")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/, named after the machine")
+    parser.add_argument("--peer", type=Path, default=PEER, help="a file of benchmarks/llama_cpp.py")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # a folder: measure it in this process
     parser.add_argument("--read_gb_per_s", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--resume", help=argparse.SUPPRESS)
@@ -87,7 +88,7 @@ def _measure_all(options: argparse.Namespace) -> int:
     check_choices("The model", options.models, list(MODELS))
     check_choices("The recipe", options.recipes, [FLOAT, *shipped_names()])
     results = Results("cpu", KEY, torch.device("cpu"), options)
-    peer = json.loads(PEER.read_text(encoding="utf-8"))
+    peer = json.loads(options.peer.read_text(encoding="utf-8"))
     _print(
         "model", "precision", "thr", "decode tok/s", "ratio", "GB/s", "of read", "prompt tok/s", "ratio", "MB"
     )
@@ -194,7 +195,12 @@ def _read_gb_per_s(threads: int) -> float:
 
 
 def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    """Of this program: what getrusage tells includes the process it was started from."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1.024 / 1e3
 
 
 def _compared(row: Row, peer: Row) -> Row:

@@ -154,6 +154,19 @@ QB_INLINE vf sums_of(vf *v) {
     }
 }
 
+template <int kStep = 1>
+QB_INLINE vi sums_of(vi *v) {
+    if constexpr (kStep < kFloats) {
+        const vi odd = (lanes() & kStep) != 0;
+        QB_UNROLL
+        for (int i = 0; i < kFloats; i += 2 * kStep)
+            v[i] = (odd ? v[i + kStep] : v[i]) + (vi)swap_lanes<kStep>((vf)(odd ? v[i] : v[i + kStep]));
+        return sums_of<2 * kStep>(v);
+    } else {
+        return v[0];
+    }
+}
+
 // Integers of floats in the range of int32, to nearest, ties to even.
 QB_INLINE vi round_even(vf v) {
 #if defined(__AVX512F__)
@@ -479,7 +492,7 @@ QB_INLINE vi codes_of(vf x, vf scale, int rounding, int overflow) {
         const vf whole = to_float(__builtin_convertvector(q, vi));
         const vf rest = q - whole;
         const vf up = whole + (q < 0.0f ? splat(-1.0f) : splat(1.0f));
-        const vf away = (rest >= 0.5f) | (rest <= -0.5f) ? up : whole;
+        const vf away = ((rest >= 0.5f) | (rest <= -0.5f)) ? up : whole;
         code = __builtin_convertvector(vmin(vmax(away, low), high), vi);
     }
     return saturate ? code : exact >= 2147483648.0f ? spliti(-1) : code;

@@ -1,6 +1,13 @@
 // Compiled once for each instruction set, as the kernels are.
 #include "table.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #define QB_TEXT_OF(x) #x
 #define QB_TEXT(x) QB_TEXT_OF(x)
 
@@ -20,7 +27,9 @@ static bool runs_here() {
     __builtin_cpu_init();
     bool all = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #if defined(__AVXVNNI__)
-    all = all && __builtin_cpu_supports("avxvnni");
+    // Clang's __builtin_cpu_supports does not know this name before version 19.
+    unsigned a = 0, b, c, d;
+    all = all && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 16);
 #endif
 #if defined(__AVX512F__)
     all = all && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -28,8 +37,11 @@ static bool runs_here() {
           __builtin_cpu_supports("avx512vnni");
 #endif
     return all;
+#elif defined(__aarch64__) && defined(__linux__)
+    constexpr unsigned long kNeeded = HWCAP_ASIMDDP | HWCAP_ASIMDHP | HWCAP_ATOMICS;
+    return (getauxval(AT_HWCAP) & kNeeded) == kNeeded;
 #else
-    return true;
+    return true;  // Apple's processors have all of it
 #endif
 }
 

@@ -74,29 +74,26 @@ QB_INLINE float scale_at(const QbLinear &p, int64_t output, int64_t g) {
     return p.scale_dtype == QB_F32 ? ((const float *)p.scale)[i] : f16_value(((const uint16_t *)p.scale)[i]);
 }
 
-// What the sums of each segment of an output are multiplied with, but for the scale of x: out [segments].
-QB_INLINE void segment_scales(const QbLinear &p, const Cut &cut, int64_t output, float *out) {
-    if (p.channel_scale || p.groups == 1) {
-        const float one = p.channel_scale ? p.channel_scale[output] : scale_at(p, output, 0);
-        for (int64_t s = 0; s < cut.segments; ++s) out[s] = one;
+// What the sums of the segments of some outputs are multiplied with, but for the scale of x: out [count][segments].
+QB_INLINE void segment_scales(const QbLinear &p, const Cut &cut, int64_t output, int64_t count, float *out) {
+    if (cut.per_group == 1 && cut.groups > 1 && p.scale_rows > 1) {
+        // The scales of these outputs lie next to each other.
+        const int64_t from = output * p.groups, all = count * p.groups;
+        if (p.scale_dtype == QB_F32) {
+            __builtin_memcpy(out, (const float *)p.scale + from, 4 * all);
+            return;
+        }
+        const uint16_t *halves = (const uint16_t *)p.scale + from;
+        int64_t i = 0;
+        for (; i + kFloats <= all; i += kFloats) store(out + i, from_f16(halves + i));
+        for (; i < all; ++i) out[i] = f16_value(halves[i]);
         return;
     }
-    // Of the groups first, at the end of out, then spread from the front: no scale is overwritten before it is read.
-    float *groups = out + cut.segments - cut.groups;
-    const int64_t from = p.scale_rows == 1 ? 0 : output * p.groups;
-    if (p.scale_dtype == QB_F32) {
-        __builtin_memcpy(groups, (const float *)p.scale + from, 4 * cut.groups);
-    } else {
-        const uint16_t *halves = (const uint16_t *)p.scale + from;
-        int64_t g = 0;
-        for (; g + kFloats <= cut.groups; g += kFloats) store(groups + g, from_f16(halves + g));
-        for (; g < cut.groups; ++g) groups[g] = f16_value(halves[g]);
-    }
-    if (cut.per_group == 1) return;
-    for (int64_t g = 0, s = 0; g < cut.groups; ++g) {
-        const float one = groups[g];
-        for (int64_t i = 0; i < cut.per_group; ++i) out[s++] = one;
-    }
+    for (int64_t o = 0; o < count; ++o)
+        for (int64_t g = 0; g < cut.groups; ++g) {
+            const float one = p.channel_scale ? p.channel_scale[output + o] : scale_at(p, output + o, g);
+            for (int64_t i = 0; i < cut.per_group; ++i) *out++ = one;
+        }
 }
 
 // Vectors of weights.
@@ -334,32 +331,32 @@ QB_INLINE void few_totals(const QbLinear &p, const Cut &cut, const Few &few, int
     for (int i = 0; i < rows; ++i) total[i] = sums[i];
 }
 
-// One scale a row and integer inputs: the sum stays an integer to its end, as the definition has it.
-template <int lines>
+// One scale a row and integer inputs: the sum stays an integer to its end, as the definition has it. total [lines].
+template <int lines, bool at_end>
 QB_INLINE void few_whole(const QbLinear &p, const Cut &cut, const Few &few, int64_t output, int64_t first_line,
-                         bool at_end, float *y) {
+                         vi *total) {
     const uint8_t *w = (const uint8_t *)p.weight + output * cut.columns;
     const uint8_t *end = (const uint8_t *)p.weight + p.outputs * cut.columns;
-    const int8_t *x = few.x + first_line * cut.line;
+    const int64_t line = cut.line, blocks = cut.blocks;
+    const int8_t *x = few.x + first_line * line;
     vi acc[lines], more[lines] = {};
     for (int i = 0; i < lines; ++i) acc[i] = few.begin[first_line + i];
     int64_t b = 0;
-    const int64_t whole = at_end ? least(cut.blocks, (end - w) / kBytes) : cut.blocks;
-    for (; b + 2 <= whole; b += 2) {
-        const vu even = biased8(load<vu>(w + b * kBytes)), odd = biased8(load<vu>(w + (b + 1) * kBytes));
+    for (; b + 2 <= blocks; b += 2) {
+        const vu even = biased8(load_weights(w + b * kBytes, end, at_end));
+        const vu odd = biased8(load_weights(w + (b + 1) * kBytes, end, at_end));
         __builtin_prefetch(w + b * kBytes + 4096);
         __builtin_prefetch(w + b * kBytes + 4096 + kBytes);
         for (int i = 0; i < lines; ++i) {
-            acc[i] = dot_weight<8>(acc[i], even, load<vb>(x + i * cut.line + b * kBytes));
-            more[i] = dot_weight<8>(more[i], odd, load<vb>(x + i * cut.line + (b + 1) * kBytes));
+            acc[i] = dot_weight<8>(acc[i], even, load<vb>(x + i * line + b * kBytes));
+            more[i] = dot_weight<8>(more[i], odd, load<vb>(x + i * line + (b + 1) * kBytes));
         }
     }
-    for (; b < cut.blocks; ++b) {
-        const vu part = biased8(load_weights(w + b * kBytes, end, true));
-        for (int i = 0; i < lines; ++i) acc[i] = dot_weight<8>(acc[i], part, load<vb>(x + i * cut.line + b * kBytes));
+    if (b < blocks) {
+        const vu last = biased8(load_weights(w + b * kBytes, end, at_end));
+        for (int i = 0; i < lines; ++i) acc[i] = dot_weight<8>(acc[i], last, load<vb>(x + i * line + b * kBytes));
     }
-    const float by = scale_at(p, output, 0);
-    for (int i = 0; i < lines; ++i) y[i] = (float)sum(acc[i] + more[i]) * by;
+    for (int i = 0; i < lines; ++i) total[i] = acc[i] + more[i];
 }
 
 // Outputs [first, last) of some rows of x: out [rows][stride].
@@ -371,20 +368,32 @@ void few_part(const QbLinear &p, const Cut &cut, const Few &few, int64_t first, 
     const auto at_end = [&](int64_t output) { return (p.outputs - output - 1) * row_bytes < 4 * kBytes + 256; };
     const float by = !planes && p.x_scale ? *p.x_scale : 1.0f;
     if constexpr (way == kWhole) {
-        for (int64_t output = first; output < last; ++output) {
-            float y[rows];
-            few_whole<rows>(p, cut, few, output, row, at_end(output), y);
-            for (int i = 0; i < rows; ++i) out[i * stride + output - first] = y[i] * by;
+        for (int64_t start = first; start < last; start += kFloats) {
+            const int64_t count = least(kFloats, last - start);
+            vi totals[rows][kFloats] = {};
+            float scales[kFloats] = {};
+            for (int64_t o = 0; o < count; ++o) {
+                vi some[rows];
+                if (at_end(start + o))
+                    few_whole<rows, true>(p, cut, few, start + o, row, some);
+                else
+                    few_whole<rows, false>(p, cut, few, start + o, row, some);
+                for (int i = 0; i < rows; ++i) totals[i][o] = some[i];
+                scales[o] = scale_at(p, start + o, 0);
+            }
+            for (int i = 0; i < rows; ++i)
+                store_upto(out + i * stride + start - first, to_float(sums_of(totals[i])) * loadf(scales) * by, count);
         }
     } else {
-        float *scales = (float *)quamba::scratch(2, 4 * cut.segments);
+        float *all_scales = (float *)quamba::scratch(2, 4 * kFloats * cut.segments);
         for (int64_t start = first; start < last; start += kFloats) {
             const int64_t count = least(kFloats, last - start);
             vf totals[rows][kFloats] = {};
+            segment_scales(p, cut, start, count, all_scales);
             for (int64_t o = 0; o < count; ++o) {
                 const int64_t output = start + o;
+                const float *scales = all_scales + o * cut.segments;
                 vf some[rows];
-                segment_scales(p, cut, output, scales);
                 if (at_end(output))
                     few_totals<way, bits, rows, planes, true, 0>(p, cut, few, output, row, scales, some);
                 else if (cut.blocks == 1)
@@ -496,12 +505,12 @@ void lay_out_tile(const QbLinear &p, const Cut &cut, int64_t first_output, Tile 
     const int64_t row_bytes = bits == 4 ? cut.columns / 2 : cut.columns;
     const uint8_t *end = (const uint8_t *)p.weight + p.outputs * row_bytes;
     const int64_t level_size = way == kLevels ? cut.columns / p.groups : 0;
-    float *scales = (float *)quamba::scratch(0, 4 * cut.segments);
-    for (int64_t o = 0; o < kTileOutputs; ++o) {
-        if (first_output + o < p.outputs) segment_scales(p, cut, first_output + o, scales);
+    float *scales = (float *)quamba::scratch(0, 4 * kTileOutputs * cut.segments);
+    const int64_t outputs = least(kTileOutputs, p.outputs - first_output);
+    segment_scales(p, cut, first_output, outputs, scales);
+    for (int64_t o = 0; o < kTileOutputs; ++o)
         for (int64_t s = 0; s < cut.segments; ++s)
-            tile.scales[s * kTileOutputs + o] = first_output + o < p.outputs ? scales[s] : 0.0f;
-    }
+            tile.scales[s * kTileOutputs + o] = o < outputs ? scales[o * cut.segments + s] : 0.0f;
     for (int64_t v = 0; v < kTileVectors; ++v) {
         const int64_t output = first_output + v * kFloats, count = least(kFloats, p.outputs - output);
         vu tables[kFloats] = {};

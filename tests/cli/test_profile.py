@@ -177,7 +177,7 @@ def test_torch_profile(run: Run, here: Path) -> None:
     assert sorted(path.name for path in (here / "traces").iterdir()) == ["tpot.csv", "tpot.pt.trace.json"]
     table = result.stdout.split("under the profiler")[1].splitlines()
     assert table[1].split() == ["operator", "calls", "own", "CPU", "ms", "CPU", "ms"]
-    assert len(table) == 3 + 10
+    assert 4 <= len(table) <= 3 + 10
 
 
 def test_plot(run: Run, small: Path, here: Path) -> None:
