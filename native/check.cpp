@@ -78,7 +78,8 @@ uint16_t to_f16(float x) {
     const double a = std::fabs(x);
     if (std::isnan(x)) return 0x7e00;
     if (a >= 65520) return static_cast<uint16_t>(sign | 0x7c00);
-    if (a < std::ldexp(1, -14)) return static_cast<uint16_t>(sign | static_cast<int>(std::nearbyint(std::ldexp(a, 24))));
+    if (a < std::ldexp(1, -14))
+        return static_cast<uint16_t>(sign | static_cast<int>(std::nearbyint(std::ldexp(a, 24))));
     const int e = std::ilogb(a);
     return static_cast<uint16_t>(sign | (((e + 14) << 10) + static_cast<int>(std::nearbyint(std::ldexp(a, 10 - e)))));
 }
@@ -132,7 +133,11 @@ struct Values {
     static constexpr char kPoison = 77;
 
     Values(int dtype_, int64_t batch_, int64_t tokens_, int64_t channels_, int64_t gap = 3)
-        : dtype(dtype_), batch(batch_), tokens(tokens_), channels(channels_), stride(channels_ + gap),
+        : dtype(dtype_),
+          batch(batch_),
+          tokens(tokens_),
+          channels(channels_),
+          stride(channels_ + gap),
           bytes(static_cast<size_t>(batch * tokens * stride * bytes_of(dtype)), kPoison) {}
 
     int64_t at(int64_t b, int64_t t, int64_t c) const { return ((b * tokens + t) * stride + c) * bytes_of(dtype); }
@@ -156,7 +161,11 @@ struct Values {
         return *this;
     }
     QbTensor tensor() const {
-        return {const_cast<char *>(bytes.data()), scale.empty() ? nullptr : scale.data(), tokens * stride, stride, dtype,
+        return {const_cast<char *>(bytes.data()),
+                scale.empty() ? nullptr : scale.data(),
+                tokens * stride,
+                stride,
+                dtype,
                 scale.size() > 1};
     }
     bool gaps_are_untouched() const {
@@ -235,8 +244,8 @@ void expect(const char *what, const Values &got, const Doubles &want, const Doub
     for (int64_t b = 0; b < got.batch; ++b)
         for (int64_t t = 0; t < got.tokens; ++t)
             for (int64_t c = 0; c < got.channels; ++c, ++i) {
-                if (is_near(got.dtype, got.code(b, t, c), want[i], got.step(c), slack.empty() ? kExact : slack[i], rounding,
-                            overflow))
+                if (is_near(got.dtype, got.code(b, t, c), want[i], got.step(c), slack.empty() ? kExact : slack[i],
+                            rounding, overflow))
                     continue;
                 const std::string place = "[" + text(b) + ", " + text(t) + ", " + text(c) + "]";
                 expect(what + place, got.code(b, t, c), want[i] / got.step(c), false);
@@ -267,7 +276,8 @@ Weights quantized(int bits, int64_t outputs, int64_t columns, int64_t groups, bo
     for (int64_t i = 0; i < w.scale_rows * groups; ++i)
         put(scale_dtype, &w.scale[static_cast<size_t>(i * bytes_of(scale_dtype))],
             two_levels ? whole(1, 300) / 16.0 : 0.25 * whole(1, 2));
-    for (int64_t o = 0; two_levels && o < outputs; ++o) w.channel_scale.push_back(0.25f * static_cast<float>(whole(1, 2)));
+    for (int64_t o = 0; two_levels && o < outputs; ++o)
+        w.channel_scale.push_back(0.25f * static_cast<float>(whole(1, 2)));
     w.data.assign(static_cast<size_t>(outputs * columns * bits / 8), 0);
     for (int64_t o = 0; o < outputs; ++o)
         for (int64_t k = 0; k < columns; ++k) {
@@ -297,8 +307,8 @@ Weights of_floats(int dtype, int64_t outputs, int64_t columns) {
 
 /// exact: inputs with which all that is rounded on the way stays as it is.
 void check_product(const std::string &name, const Weights &w, int x_dtype, int y_dtype, int64_t rows, bool exact) {
-    begin("linear " + name + " " + name_of(x_dtype) + " -> " + name_of(y_dtype) + ", rows " + text(rows) + ", outputs " +
-          text(w.outputs) + ", columns " + text(w.columns) + (exact ? ", exact" : ""));
+    begin("linear " + name + " " + name_of(x_dtype) + " -> " + name_of(y_dtype) + ", rows " + text(rows) +
+          ", outputs " + text(w.outputs) + ", columns " + text(w.columns) + (exact ? ", exact" : ""));
     Values x(x_dtype, 1, rows, w.columns), y(y_dtype, 1, rows, w.outputs);
     const bool floats = w.scale.empty(), codes = x_dtype == QB_I8;
     x.fill();
@@ -314,15 +324,16 @@ void check_product(const std::string &name, const Weights &w, int x_dtype, int y
     for (int64_t o = 0; rows != 3 && o < w.outputs; ++o) bias.push_back(static_cast<float>(whole(-50, 50)));
     if (y_dtype == QB_I8) y.scale = Floats(1, codes ? 4096.0f : exact ? 8.0f : 3.0f);
     const QbTensor of_x = {x.bytes.data(), nullptr, 0, x.stride, x_dtype, 0};
-    run(QB_LINEAR, QbLinear{of_x, y.tensor(), rows, w.columns, w.outputs, w.groups, w.scale_rows, w.data.data(), w.scales(),
-                            w.channel_scale.empty() ? nullptr : w.channel_scale.data(),
+    run(QB_LINEAR, QbLinear{of_x, y.tensor(), rows, w.columns, w.outputs, w.groups, w.scale_rows, w.data.data(),
+                            w.scales(), w.channel_scale.empty() ? nullptr : w.channel_scale.data(),
                             bias.empty() ? nullptr : bias.data(), scaled ? &x_scale : nullptr, w.bits, w.scale_dtype});
     Doubles want, slack;
     for (int64_t t = 0; t < rows; ++t)
         for (int64_t o = 0; o < w.outputs; ++o) {
             double sum = 0, all = 0, squares = 0, reach = 0;
             for (int64_t k = 0; k < w.columns; ++k) {
-                const double v = x.code(0, t, k) * (scaled ? 0.5 : 1), by = w.real[static_cast<size_t>(o * w.columns + k)];
+                const double v = x.code(0, t, k) * (scaled ? 0.5 : 1),
+                             by = w.real[static_cast<size_t>(o * w.columns + k)];
                 sum += v * by;
                 all += std::fabs(v * by);
                 squares += by * by;
@@ -344,11 +355,11 @@ void check_linear() {
         int scale_dtype;
     };
     const Format formats[] = {
-        {"int8 tensor", 8, 203, 1, false, false, QB_F32},  {"int8 channel", 8, 130, 1, true, false, QB_F32},
-        {"int8 channel", 8, 256, 1, true, false, QB_F16},  {"int8 group", 8, 256, 4, true, false, QB_F16},
-        {"int8 group", 8, 200, 5, true, false, QB_F32},    {"int4 group", 4, 384, 3, true, false, QB_F16},
-        {"int4 group", 4, 256, 8, true, false, QB_F32},    {"int4 group", 4, 260, 5, true, false, QB_F16},
-        {"int4 channel", 4, 194, 1, true, false, QB_F32},  {"int4 tensor", 4, 30, 1, false, false, QB_F32},
+        {"int8 tensor", 8, 203, 1, false, false, QB_F32},   {"int8 channel", 8, 130, 1, true, false, QB_F32},
+        {"int8 channel", 8, 256, 1, true, false, QB_F16},   {"int8 group", 8, 256, 4, true, false, QB_F16},
+        {"int8 group", 8, 200, 5, true, false, QB_F32},     {"int4 group", 4, 384, 3, true, false, QB_F16},
+        {"int4 group", 4, 256, 8, true, false, QB_F32},     {"int4 group", 4, 260, 5, true, false, QB_F16},
+        {"int4 channel", 4, 194, 1, true, false, QB_F32},   {"int4 tensor", 4, 30, 1, false, false, QB_F32},
         {"int4 two levels", 4, 384, 3, true, true, QB_F16}, {"int4 two levels", 4, 152, 1, true, true, QB_F32},
     };
     const int64_t all_rows[] = {1, 3, 5, 13, 40};
@@ -361,15 +372,15 @@ void check_linear() {
                 const int y_dtype = y_dtypes[next++ % 4];
                 for (int dtype : {static_cast<int>(QB_F32), y_dtype}) {
                     const int reach = x_dtype == QB_I8 ? 128 : 30;
-                    check_product(f.name,
-                                  quantized(f.bits, outputs, f.columns, f.groups, f.by_row, f.two_levels, f.scale_dtype,
-                                            reach),
-                                  x_dtype, dtype, rows, true);
+                    check_product(
+                        f.name,
+                        quantized(f.bits, outputs, f.columns, f.groups, f.by_row, f.two_levels, f.scale_dtype, reach),
+                        x_dtype, dtype, rows, true);
                 }
                 if (x_dtype == QB_I8) continue;
-                check_product(f.name,
-                              quantized(f.bits, outputs, f.columns, f.groups, f.by_row, f.two_levels, f.scale_dtype, 128),
-                              x_dtype, y_dtype, rows, false);
+                check_product(
+                    f.name, quantized(f.bits, outputs, f.columns, f.groups, f.by_row, f.two_levels, f.scale_dtype, 128),
+                    x_dtype, y_dtype, rows, false);
             }
     for (int w_dtype : {QB_F32, QB_BF16, QB_F16})
         for (int x_dtype : {QB_F32, QB_BF16, QB_F16})
@@ -380,14 +391,18 @@ void check_linear() {
 
 void check_embedding() {
     const int64_t ids[] = {3, 0, 10, 3, 7}, rows = 5;
-    const Weights tables[] = {
-        quantized(8, 11, 53, 1, true, false, QB_F32, 128), quantized(8, 11, 53, 1, false, false, QB_F16, 128),
-        quantized(8, 11, 96, 3, true, false, QB_F16, 128), quantized(4, 11, 50, 1, true, false, QB_F32, 8),
-        quantized(4, 11, 96, 3, true, false, QB_F16, 8),   of_floats(QB_F32, 11, 53),
-        of_floats(QB_BF16, 11, 53),                        of_floats(QB_F16, 11, 53)};
+    const Weights tables[] = {quantized(8, 11, 53, 1, true, false, QB_F32, 128),
+                              quantized(8, 11, 53, 1, false, false, QB_F16, 128),
+                              quantized(8, 11, 96, 3, true, false, QB_F16, 128),
+                              quantized(4, 11, 50, 1, true, false, QB_F32, 8),
+                              quantized(4, 11, 96, 3, true, false, QB_F16, 8),
+                              of_floats(QB_F32, 11, 53),
+                              of_floats(QB_BF16, 11, 53),
+                              of_floats(QB_F16, 11, 53)};
     for (const Weights &w : tables)
         for (int dtype : {QB_F32, QB_BF16, QB_F16}) {
-            begin("embedding of " + text(int64_t{w.bits}) + " bits, " + text(w.columns) + " columns -> " + name_of(dtype));
+            begin("embedding of " + text(int64_t{w.bits}) + " bits, " + text(w.columns) + " columns -> " +
+                  name_of(dtype));
             Values y(dtype, 1, rows, w.columns);
             run(QB_EMBEDDING, QbEmbedding{ids, y.tensor(), rows, w.columns, w.groups, w.scale_rows, w.data.data(),
                                           w.scales(), w.bits, w.scale_dtype});
@@ -403,7 +418,8 @@ void check_embedding() {
 void check_add_norm_of(int x_dtype, int residual_dtype, int sum_dtype, int y_dtype, int64_t columns, bool center) {
     const bool given = residual_dtype >= 0;
     begin("add_norm " + std::string(name_of(x_dtype)) + (given ? std::string(" + ") + name_of(residual_dtype) : "") +
-          " -> " + name_of(sum_dtype) + ", " + name_of(y_dtype) + ", columns " + text(columns) + (center ? ", centred" : ""));
+          " -> " + name_of(sum_dtype) + ", " + name_of(y_dtype) + ", columns " + text(columns) +
+          (center ? ", centred" : ""));
     const int64_t rows = 5;
     Values x(x_dtype, 1, rows, columns), residual(given ? residual_dtype : QB_F32, 1, rows, columns),
         sum(sum_dtype, 1, rows, columns), y(y_dtype, 1, rows, columns);
@@ -412,8 +428,8 @@ void check_add_norm_of(int x_dtype, int residual_dtype, int sum_dtype, int y_dty
     if (y_dtype == QB_I8) y.scales(0.03);
     const Floats weight = some_floats(columns, 0.5, 1.5), bias = some_floats(columns, -1, 1);
     const float eps = 1e-5f;
-    run(QB_ADD_NORM, QbAddNorm{x.tensor(), given ? residual.tensor() : QbTensor{}, sum.tensor(), y.tensor(), rows, columns,
-                               weight.data(), center ? bias.data() : nullptr, eps, center});
+    run(QB_ADD_NORM, QbAddNorm{x.tensor(), given ? residual.tensor() : QbTensor{}, sum.tensor(), y.tensor(), rows,
+                               columns, weight.data(), center ? bias.data() : nullptr, eps, center});
     Doubles sums, want;
     for (int64_t t = 0; t < rows; ++t) {
         Doubles v;
@@ -473,14 +489,15 @@ Doubles rotated(const Doubles &v, int64_t order, const Floats &signs, bool trans
     return out;
 }
 
-void check_gated_norm_of(int64_t columns, int64_t order, int64_t group, int rotate, int y_dtype, int z_dtype, int out_dtype,
-                         bool norm_first, int rounding, int overflow) {
+void check_gated_norm_of(int64_t columns, int64_t order, int64_t group, int rotate, int y_dtype, int z_dtype,
+                         int out_dtype, bool norm_first, int rounding, int overflow) {
     const bool gated = z_dtype >= 0;
-    begin("gated_norm " + std::string(name_of(y_dtype)) + (gated ? std::string(" * ") + name_of(z_dtype) : "") + " -> " +
-          name_of(out_dtype) + ", columns " + text(columns) + ", groups of " + text(group) + ", Paley factor " +
-          text(order) + ", rotation " + text(int64_t{rotate}) + (norm_first ? ", norm first" : ""));
+    begin("gated_norm " + std::string(name_of(y_dtype)) + (gated ? std::string(" * ") + name_of(z_dtype) : "") +
+          " -> " + name_of(out_dtype) + ", columns " + text(columns) + ", groups of " + text(group) +
+          ", Paley factor " + text(order) + ", rotation " + text(int64_t{rotate}) + (norm_first ? ", norm first" : ""));
     const int64_t rows = 3;
-    Values y(y_dtype, 1, rows, columns), z(gated ? z_dtype : QB_F32, 1, rows, columns), out(out_dtype, 1, rows, columns);
+    Values y(y_dtype, 1, rows, columns), z(gated ? z_dtype : QB_F32, 1, rows, columns),
+        out(out_dtype, 1, rows, columns);
     y.fill(2.0);
     z.fill(6.0);
     // Small ones, so that wrapping has something to do.
@@ -523,9 +540,9 @@ void check_gated_norm() {
     struct Size {
         int64_t columns, order, group;
     };
-    const Size sizes[] = {{2, 1, 2},    {4, 1, 4},     {8, 1, 8},      {16, 1, 16},   {64, 1, 32},    {128, 1, 128},
-                          {1024, 1, 64}, {2048, 1, 2048}, {12, 12, 12}, {24, 12, 12},  {96, 12, 96},   {192, 12, 64},
-                          {1536, 12, 768}, {20, 20, 20}, {160, 20, 40},  {1280, 20, 1280}};
+    const Size sizes[] = {{2, 1, 2},       {4, 1, 4},       {8, 1, 8},     {16, 1, 16},     {64, 1, 32},  {128, 1, 128},
+                          {1024, 1, 64},   {2048, 1, 2048}, {12, 12, 12},  {24, 12, 12},    {96, 12, 96}, {192, 12, 64},
+                          {1536, 12, 768}, {20, 20, 20},    {160, 20, 40}, {1280, 20, 1280}};
     const int out_dtypes[] = {QB_F32, QB_I8, QB_BF16, QB_I8, QB_F16};
     int next = 0;
     for (const Size &s : sizes)
@@ -545,12 +562,14 @@ void check_gated_norm() {
 
 void check_conv_of(int x_dtype, int y_dtype, int64_t length, int64_t channels, int64_t width, bool with_state,
                    bool with_mask) {
-    begin("conv " + std::string(name_of(x_dtype)) + " -> " + name_of(y_dtype) + ", length " + text(length) + ", channels " +
-          text(channels) + ", " + text(width) + " taps" + (with_state ? ", state" : "") + (with_mask ? ", mask" : ""));
+    begin("conv " + std::string(name_of(x_dtype)) + " -> " + name_of(y_dtype) + ", length " + text(length) +
+          ", channels " + text(channels) + ", " + text(width) + " taps" + (with_state ? ", state" : "") +
+          (with_mask ? ", mask" : ""));
     const int64_t batch = 2;
     const bool codes = x_dtype == QB_I8;
     const int rounding = length % 2 ? QB_HALF_AWAY : QB_HALF_EVEN;
-    Values x(x_dtype, batch, length, channels), state(x_dtype, batch, width - 1, channels), y(y_dtype, batch, length, channels);
+    Values x(x_dtype, batch, length, channels), state(x_dtype, batch, width - 1, channels),
+        y(y_dtype, batch, length, channels);
     x.fill();
     state.fill();
     x.scale.clear();
@@ -573,7 +592,8 @@ void check_conv_of(int x_dtype, int y_dtype, int64_t length, int64_t channels, i
                 const double add = width == 2 ? 0.0 : bias[static_cast<size_t>(c)];
                 double sum = add, all = std::fabs(add);
                 for (int64_t w = 0; w < width; ++w) {
-                    const double term = by * input(b, t - width + 1 + w, c) * static_cast<double>(weight[static_cast<size_t>(w * channels + c)]);
+                    const double term = by * input(b, t - width + 1 + w, c) *
+                                        static_cast<double>(weight[static_cast<size_t>(w * channels + c)]);
                     sum += term;
                     all += std::fabs(term);
                 }
@@ -583,8 +603,8 @@ void check_conv_of(int x_dtype, int y_dtype, int64_t length, int64_t channels, i
     for (int64_t b = 0; b < batch; ++b)
         for (int64_t t = length - width + 1; t < length; ++t)
             for (int64_t c = 0; c < channels; ++c) kept.push_back(input(b, t, c));
-    run(QB_CONV, QbConv{x.tensor(), y.tensor(), with_state ? state.tensor() : QbTensor{}, batch, length, channels, width,
-                        weight.data(), width == 2 ? nullptr : bias.data(), codes ? scale.data() : nullptr,
+    run(QB_CONV, QbConv{x.tensor(), y.tensor(), with_state ? state.tensor() : QbTensor{}, batch, length, channels,
+                        width, weight.data(), width == 2 ? nullptr : bias.data(), codes ? scale.data() : nullptr,
                         with_mask ? mask.data() : nullptr, scale.size() > 1, rounding});
     expect("y", y, want, slack, rounding);
     if (with_state) expect("state", state, kept);
@@ -628,8 +648,13 @@ struct State {
         return scale[static_cast<size_t>(row * columns + (columns > 1 ? n : 0))];
     }
     QbState described() {
-        return {values.bytes.data(), scale.empty() ? nullptr : scale.data(), group.empty() ? nullptr : group.data(), rows,
-                columns, values.dtype, 0};
+        return {values.bytes.data(),
+                scale.empty() ? nullptr : scale.data(),
+                group.empty() ? nullptr : group.data(),
+                rows,
+                columns,
+                values.dtype,
+                0};
     }
     void expect_near(const Doubles &want, const Doubles &slack) const {
         size_t i = 0;
@@ -696,7 +721,8 @@ void check_ssd_of(const ScanCase &s, int64_t headdim, int64_t d_state) {
     C.fill();
     State state(s.state_dtype < 0 ? QB_F32 : s.state_dtype, batch, channels, d_state, s.arrangement);
     const bool given = s.state_dtype >= 0, limited = s.length % 2;
-    const Floats A = some_floats(heads, -4, -0.01), D = some_floats(channels, -1, 1), dt_bias = some_floats(heads, -5, 1);
+    const Floats A = some_floats(heads, -4, -0.01), D = some_floats(channels, -1, 1),
+                 dt_bias = some_floats(heads, -5, 1);
     const std::vector<uint8_t> mask = some_mask(batch * s.length);
     const float low = limited ? 0.01f : 0.0f, high = limited ? 2.0f : INFINITY;
     Doubles want(static_cast<size_t>(batch * s.length * channels)), slack(want.size()), left, left_slack;
@@ -708,8 +734,8 @@ void check_ssd_of(const ScanCase &s, int64_t headdim, int64_t d_state) {
                 const bool kept = !s.mask || mask[static_cast<size_t>(b * s.length + t)];
                 double delta = softplus(dt.real(b, t, head) + static_cast<double>(dt_bias[static_cast<size_t>(head)]));
                 delta = kept ? std::fmin(std::fmax(delta, static_cast<double>(low)), static_cast<double>(high)) : 0;
-                walk.advance(std::exp(delta * static_cast<double>(A[static_cast<size_t>(head)])), delta * x.real(b, t, c),
-                             row_of(B, b, t, first, d_state));
+                walk.advance(std::exp(delta * static_cast<double>(A[static_cast<size_t>(head)])),
+                             delta * x.real(b, t, c), row_of(B, b, t, first, d_state));
                 const double direct = x.real(b, t, c) * static_cast<double>(D[static_cast<size_t>(c)]);
                 double sum = direct, all = std::fabs(direct);
                 for (int64_t n = 0; n < d_state; ++n) {
@@ -723,9 +749,9 @@ void check_ssd_of(const ScanCase &s, int64_t headdim, int64_t d_state) {
             left.insert(left.end(), walk.h.begin(), walk.h.end());
             for (double a : walk.all) left_slack.push_back(kScanSlack * a);
         }
-    run(QB_SSD, QbSsd{x.tensor(), dt.tensor(), B.tensor(), C.tensor(), y.tensor(), given ? state.described() : QbState{},
-                      batch, s.length, heads, headdim, groups, d_state, A.data(), D.data(), dt_bias.data(),
-                      s.mask ? mask.data() : nullptr, low, high});
+    run(QB_SSD, QbSsd{x.tensor(), dt.tensor(), B.tensor(), C.tensor(), y.tensor(),
+                      given ? state.described() : QbState{}, batch, s.length, heads, headdim, groups, d_state, A.data(),
+                      D.data(), dt_bias.data(), s.mask ? mask.data() : nullptr, low, high});
     expect("y", y, want, slack);
     if (given) state.expect_near(left, left_slack);
 }
@@ -735,8 +761,8 @@ void check_selective_scan_of(const ScanCase &s, int64_t channels, int64_t d_stat
     begin("selective_scan " + s.name() + ", channels " + text(channels) + ", d_state " + text(d_state) +
           (gated ? ", gated" : ""));
     Values u(s.dtype, batch, s.length, channels), dt(s.dtype == QB_I8 ? QB_F32 : s.dtype, batch, s.length, channels),
-        z(s.dtype, batch, s.length, channels), B(s.dtype, batch, s.length, d_state), C(s.dtype, batch, s.length, d_state),
-        y(s.y_dtype, batch, s.length, channels);
+        z(s.dtype, batch, s.length, channels), B(s.dtype, batch, s.length, d_state),
+        C(s.dtype, batch, s.length, d_state), y(s.y_dtype, batch, s.length, channels);
     u.fill(1.0, true);
     dt.fill(2.0);
     put(dt.dtype, dt.point(0, 0, 1), 30.0);
@@ -813,7 +839,8 @@ void check_selective_scan() {
 }
 
 void check_quantize() {
-    const float special[] = {0.5f, 1.5f, 2.5f, 0.49999997f, 126.5f, 127.5f, 128.5f, 129.0f, 200.0f, 300.5f, 1e6f, 3e9f, 1e20f};
+    const float special[] = {0.5f,   1.5f,   2.5f,   0.49999997f, 126.5f, 127.5f, 128.5f,
+                             129.0f, 200.0f, 300.5f, 1e6f,        3e9f,   1e20f};
     for (int x_dtype : {QB_F32, QB_BF16, QB_F16})
         for (int rounding : {QB_HALF_EVEN, QB_HALF_AWAY})
             for (int overflow : {QB_SATURATE, QB_WRAP})
@@ -829,7 +856,8 @@ void check_quantize() {
                         if (!by_channel) y.scale[0] = 1.0f;
                         for (int64_t i = 0; i < 26; ++i) {
                             const double value = (i % 2 ? -1 : 1) * static_cast<double>(special[i / 2]) * y.step(i + 5);
-                            put(x_dtype, x.point(0, 1, i + 5), x_dtype == QB_F16 ? std::fmax(std::fmin(value, 6e4), -6e4) : value);
+                            put(x_dtype, x.point(0, 1, i + 5),
+                                x_dtype == QB_F16 ? std::fmax(std::fmin(value, 6e4), -6e4) : value);
                         }
                         run(QB_QUANTIZE, QbQuantize{x.tensor(), y.tensor(), 3, columns, rounding, overflow});
                         Doubles want;
@@ -853,10 +881,14 @@ bool check_set(const std::string &set) {
         const char *name;
         void (*check)();
     };
-    const Op ops[] = {{"linear", check_linear},       {"embedding", check_embedding},
-                      {"add_norm", check_add_norm},   {"gated_norm", check_gated_norm},
-                      {"conv", check_conv},           {"ssd", check_ssd},
-                      {"selective_scan", check_selective_scan}, {"quantize", check_quantize}};
+    const Op ops[] = {{"linear", check_linear},
+                      {"embedding", check_embedding},
+                      {"add_norm", check_add_norm},
+                      {"gated_norm", check_gated_norm},
+                      {"conv", check_conv},
+                      {"ssd", check_ssd},
+                      {"selective_scan", check_selective_scan},
+                      {"quantize", check_quantize}};
     if (library.use_instruction_set(set.c_str())) return false;
     bool all = true;
     for (const Op &op : ops) {
@@ -884,7 +916,8 @@ bool check_set(const std::string &set) {
 
 int main(int count, char **arguments) {
     if (count != 2) return std::fprintf(stderr, "usage: quamba_cpu_check PATH/_quamba_cpu.so\n"), 2;
-    if (!open_library(arguments[1])) return std::fprintf(stderr, "%s is not the library: %s\n", arguments[1], dlerror()), 2;
+    if (!open_library(arguments[1]))
+        return std::fprintf(stderr, "%s is not the library: %s\n", arguments[1], dlerror()), 2;
     if (!check_sizes()) return std::fprintf(stderr, "the library has other structs than this program\n"), 2;
     std::string left = library.instruction_sets();
     if (left.empty()) return std::fprintf(stderr, "the library has no kernels for this processor\n"), 1;

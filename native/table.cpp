@@ -27,7 +27,7 @@ static bool runs_here() {
     __builtin_cpu_init();
     bool all = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #if defined(__AVXVNNI__)
-    // Clang's __builtin_cpu_supports does not know this name before version 19.
+    // Clang 14's __builtin_cpu_supports does not know this name.
     unsigned a = 0, b, c, d;
     all = all && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 16);
 #endif
