@@ -609,7 +609,7 @@ void many_rows(const QbLinear &p) {
     });
 }
 
-// Float weights, few rows: many are left to the libraries of torch.
+// Float weights.
 
 template <int bits>
 QB_INLINE vf weights_at(const char *row, int64_t column, int dtype) {
@@ -680,6 +680,52 @@ void float_rows(const QbLinear &p) {
     });
 }
 
+// Many rows of float32: tiles of w are transposed, [columns][kTileOutputs], and multiplied with kTileRows rows.
+void many_float_rows(const QbLinear &p) {
+    const int64_t tiles = (p.outputs + kTileOutputs - 1) / kTileOutputs, blocks = (p.rows + kTileRows - 1) / kTileRows;
+    const int64_t wanted = quamba::threads() == 1 ? 1 : 4 * quamba::threads();
+    const int64_t cuts = least(most((wanted + tiles - 1) / tiles, 1), blocks);
+    const int64_t depth = (blocks + cuts - 1) / cuts;
+    const float *x = (const float *)p.x.data;
+    each(tiles * cuts, [&](int64_t part) {
+        const int64_t first = part / cuts * kTileOutputs, count = least(kTileOutputs, p.outputs - first);
+        float *w = (float *)quamba::scratch(1, 4 * p.columns * kTileOutputs);
+        for (int64_t v = 0; v < kTileVectors; ++v)
+            for (int64_t k = 0; k < p.columns; k += kFloats) {
+                vf rows[kFloats] = {};
+                const int64_t here = least(kFloats, p.columns - k);
+                for (int64_t o = 0; o < least(kFloats, count - v * kFloats); ++o)
+                    rows[o] = load_upto((const float *)p.weight + (first + v * kFloats + o) * p.columns + k, here);
+                transpose(rows);
+                for (int64_t i = 0; i < here; ++i) store(w + (k + i) * kTileOutputs + v * kFloats, rows[i]);
+            }
+        float y[kTileRows * kTileOutputs], bias_of[kTileOutputs] = {};
+        if (p.bias) __builtin_memcpy(bias_of, p.bias + first, 4 * count);
+        const int64_t begin = part % cuts * depth;
+        for (int64_t block = begin; block < least(begin + depth, blocks); ++block) {
+            const int64_t here = least(kTileRows, p.rows - block * kTileRows);
+            const float *in[kTileRows];  // of rows that are not there the last one, again
+            for (int64_t i = 0; i < kTileRows; ++i)
+                in[i] = x + (block * kTileRows + least(i, here - 1)) * p.x.token_stride;
+            vf acc[kTileRows][kTileVectors];
+            for (int i = 0; i < kTileRows; ++i)
+                for (int v = 0; v < kTileVectors; ++v) acc[i][v] = loadf(bias_of + v * kFloats);
+            for (int64_t k = 0; k < p.columns; ++k) {
+                vf column[kTileVectors];
+                for (int v = 0; v < kTileVectors; ++v) column[v] = loadf(w + k * kTileOutputs + v * kFloats);
+                for (int i = 0; i < kTileRows; ++i) {
+                    const vf one = splat(in[i][k]);
+                    for (int v = 0; v < kTileVectors; ++v) acc[i][v] += one * column[v];
+                }
+            }
+            for (int64_t i = 0; i < here; ++i) {
+                for (int v = 0; v < kTileVectors; ++v) store(y + v * kFloats, acc[i][v]);
+                write_row(p.y, 0, block * kTileRows + i, first, count, y);
+            }
+        }
+    });
+}
+
 template <Way way, int bits, bool planes>
 void product(const QbLinear &p) {
     p.rows < kManyRows ? few_rows<way, bits, planes>(p) : many_rows<way, bits, planes>(p);
@@ -692,7 +738,7 @@ void linear(const void *args) {
     const bool planes = p.x.dtype != QB_I8;
     if (p.rows == 0) return;
     if (p.bits == 32)
-        float_rows<32>(p);
+        p.rows < kManyRows || p.x.dtype != QB_F32 ? float_rows<32>(p) : many_float_rows(p);
     else if (p.bits == 16)
         float_rows<16>(p);
     else if (p.channel_scale)

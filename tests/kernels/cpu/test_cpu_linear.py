@@ -86,11 +86,11 @@ def test_floats_are_read_in_15_bits(dtype: torch.dtype, columns: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("columns", [5, 48, 131, 256])
+@pytest.mark.parametrize("columns", [1, 5, 48, 131, 256])
 def test_float_weights(dtype: torch.dtype, columns: int) -> None:
     d = Draw(columns)
     weight, bias = d.floats(37, columns).to(dtype), d.floats(37)
-    for rows in (1, 2, 3, 4, 7, 8, 9):
+    for rows in (1, 2, 3, 4, 7, 8, 9, 12, 29):
         x = d.floats(rows, columns).to(dtype)
         exact = x.double() @ weight.double().t() + bias.double()
         given = linear(x, weight, bias, out_dtype=dtype)
@@ -98,7 +98,8 @@ def test_float_weights(dtype: torch.dtype, columns: int) -> None:
         error = (given.double() - exact).abs()
         own = (reference(x, weight, bias, out_dtype=dtype).double() - exact).abs()
         assert given.dtype == dtype
-        assert error.le(torch.finfo(dtype).eps * exact.abs() + 1e-6 * size).all() or rows > 8, f"{rows} rows"
+        if dtype == torch.float32 or rows < 9:  # else torch's, whose sums are rounded on the way
+            assert error.le(torch.finfo(dtype).eps * exact.abs() + 1e-6 * size).all(), f"{rows} rows"
         assert error.max() <= 2 * own.max() + 1e-6, f"{rows} rows"
 
 

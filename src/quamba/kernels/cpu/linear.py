@@ -12,7 +12,7 @@ from quamba.kernels.reference.linear import linear as reference
 
 #: Columns of a block of the kernels for 4 bits, on the widest vectors.
 _BLOCK = 128
-#: Rows of floats from which on PyTorch's libraries multiply float weights.
+#: Rows of 16-bit floats from which on PyTorch's libraries multiply float weights: they have units for that.
 _MANY_ROWS = 9
 
 
@@ -28,7 +28,7 @@ def linear(
     """As the reference. With float x and quantized weights, each 128 columns of a row of x become integers of
     15 bits (their largest is +-16,256) and are summed as integers; x of float64 goes to the reference.
 
-    Many rows of floats times float weights are PyTorch's, whose libraries are hard to beat at that.
+    Many rows of 16-bit floats times float weights are PyTorch's, whose libraries have units for that.
     """
     if not _has_kernel(x, weight, out_dtype):
         return reference(
@@ -87,8 +87,9 @@ def _has_kernel(x: Activation, weight: Tensor | QuantizedWeight, out_dtype: torc
     if not abi.supported(x) or out_dtype == torch.float64:
         return False
     if not isinstance(weight, QuantizedWeight):
-        few = not isinstance(x, Quantized) and x.numel() < _MANY_ROWS * x.shape[-1]
-        return few and abi.supported(weight) and weight.is_contiguous()
+        if isinstance(x, Quantized) or not abi.supported(weight) or not weight.is_contiguous():
+            return False
+        return x.dtype == weight.dtype == torch.float32 or x.numel() < _MANY_ROWS * x.shape[-1]
     group = weight.shape[1] // weight.scale.shape[1]
     if weight.format.bits == 4 and group % 2:
         return False
