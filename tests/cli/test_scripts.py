@@ -74,3 +74,58 @@ def test_control_c_leaves_nothing(repo_root: Path, here: Path) -> None:
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert not list(here.glob("p/**/*"))
+
+
+EVAL = (
+    "--batch_size 16 --eval_zero_shot --task_list lambada_openai --pretrained_dir ./pretrained_models"
+    " --log_dir logs"
+)
+QUANTIZED = "--quantize --quantize_embedding --quantize_lm_head"
+
+
+def _eval(repo_root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``eval.sh`` with a Python that only tells how it was called."""
+    return subprocess.run(
+        ["bash", str(repo_root / "eval.sh"), *arguments],
+        env={**os.environ, "PYTHON": "echo"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flags"),
+    [
+        (("mamba-130m",), EVAL),
+        (("mamba2-2.7b", "fp16"), EVAL),
+        (("mamba-130m", "w8a8"), f"{EVAL} {QUANTIZED} --w_bits 8 --a_bits 8"),
+        (("mamba2-2.7b", "w8a8"), f"{EVAL} {QUANTIZED} --w_bits 8 --a_bits 8 --group_heads"),
+        (("mamba2-2.7b", "w4a8"), f"{EVAL} {QUANTIZED} --w_bits 4 --a_bits 8 --apply_gptq --group_heads"),
+        (("mamba-2.8b", "w4a16"), f"{EVAL} {QUANTIZED} --w_bits 4 --a_bits 16 --apply_gptq"),
+        (("mamba-130m", "fp16", "--testing"), f"{EVAL} --testing"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_eval_script(repo_root: Path, arguments: tuple[str, ...], flags: str) -> None:
+    done = _eval(repo_root, *arguments)
+    script, *words = done.stdout.split()
+    assert script == str(repo_root / "main.py") and words == [arguments[0], *flags.split()], done.stderr
+    for word in words:
+        assert not word.startswith("--") or word in _main_flags(), word
+
+
+def _main_flags() -> set[str]:
+    from quamba.cli.published import command
+
+    return {option for parameter in command.params for option in parameter.opts}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [((), "There is no MODEL, expected: "), (("m", "w3a3"), "The precision is 'w3a3', expected: ")],
+    ids=["nothing", "precision"],
+)
+def test_eval_script_is_told_too_little(repo_root: Path, arguments: tuple[str, ...], sentence: str) -> None:
+    done = _eval(repo_root, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(sentence) and len(done.stderr.splitlines()) == 1
