@@ -32,10 +32,10 @@ import torch
 from common import Results, Row, check_choices
 from random_models import FLOAT, MODELS, empty_network, fill, recipe
 
-import quamba
-from quamba.checkpoints.quantized import write_quantized
+from quamba.checkpoints.quantized import read_quantized, write_quantized
 from quamba.errors import QuambaError
 from quamba.kernels.cpu import library
+from quamba.kernels.registry import choose_kernels
 from quamba.models.lm import MambaLM
 from quamba.profiling.size import measure_size, step_bytes
 from quamba.recipes.plan import resolve
@@ -137,7 +137,7 @@ def measure(folder: str, threads: int, repeats: int, before: float) -> Row:
     torch.set_num_threads(threads)
     alone = _peak_mb()
     start = time.perf_counter()
-    network = quamba.load(folder).network
+    network = read_quantized(folder).network.use_kernels(choose_kernels(torch.device("cpu")))
     loaded = time.perf_counter() - start
     ids = torch.randint(network.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     decode = _tokens_per_s(lambda: _decode(network), DECODED, repeats)

@@ -53,6 +53,11 @@ class _Watch(TorchDispatchMode):
         self.made: list[Tensor] = []
         self._written = {_storage(t) for t in inputs}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: else torch imports its compiler for it, a second and 100 MB, to tell that not to look here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
