@@ -55,7 +55,7 @@ class _Watch(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """False: else torch imports its compiler for it, a second and 100 MB, to tell that not to look here."""
+        """False: else torch imports its compiler, a second and 100 MB, to tell it not to look here."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
