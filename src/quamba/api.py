@@ -164,7 +164,7 @@ def load(
     device  "cpu", "cuda", "cuda:1", ..., or "auto" for CUDA where there is one
     dtype   of floats between leaves, and of a float model's projections; None: float16 on a GPU; on a CPU
             float32, or what the model was saved in if it is quantized with int8 activations
-    backend  "auto", "reference" or "triton" (``kernels/registry.py``): the kernels it runs on, chosen once
+    backend  "auto", "reference", "triton" or "cpu" (``kernels/registry.py``): its kernels, chosen once
     Raises QuambaError in one sentence for anything missing, truncated, newer or unknown.
     """
     target = choose_device(device)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quamba.kernels.registry import _triton
+from quamba.kernels.registry import _kernels_of
 from quamba.models.config import Mamba2Config, MambaConfig, ModelConfig
 from quamba.models.lm import MambaLM
 from quamba.recipes.plan import resolve
@@ -40,7 +40,7 @@ def network(family: str, recipe: str, device: torch.device) -> MambaLM:
     """Its floats are float16, as on a GPU."""
     asked = Recipe(name="float", blocks=Precision()) if recipe == "float" else load_recipe(recipe)
     model = random_network(resolve(asked, CONFIGS[family]), device)
-    return model.set_compute_dtype(torch.float16).use_kernels(_triton())
+    return model.set_compute_dtype(torch.float16).use_kernels(_kernels_of("triton"))
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from quamba.errors import QuambaError
-from quamba.kernels.registry import _triton
+from quamba.kernels.registry import _kernels_of
 from quamba.kernels.triton import launches
 from quamba.kernels.triton.gemm import TileLaunch, tile_launch
 from quamba.kernels.triton.launch_tables import Gpu, read_table
@@ -278,7 +278,7 @@ def test_names_of_ops() -> None:
 def test_a_model_is_tuned(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the model to results, with real kernels and a clock that likes slices. The head is known."""
     config = Mamba2Config(d_model=64, n_layer=1, vocab_size=61, d_state=16, headdim=16, ngroups=2)
-    network = random_network(resolve(load_recipe("w8a8"), config), device).use_kernels(_triton())
+    network = random_network(resolve(load_recipe("w8a8"), config), device).use_kernels(_kernels_of("triton"))
     few = [TileLaunch(32, 16), TileLaunch(16, 16, slices=2)]
     monkeypatch.setattr(tile_launch, "candidates", lambda product: few)
     found = list(

@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -69,6 +70,24 @@ REFERENCE_SOLVER = SolverKernels(
     name="reference", round_columns=gptq.round_columns, descend_columns=gptq.descend_columns
 )
 
+#: The file of each op, in the folder of every backend.
+_FILES = {
+    "quantize": "quantize",
+    "embedding": "embedding",
+    "linear": "linear",
+    "add_norm": "norm",
+    "rms_norm": "norm",
+    "gated_rms_norm": "norm",
+    "causal_conv1d": "conv",
+    "selective_scan": "selective_scan",
+    "selective_scan_step": "selective_scan",
+    "ssd_scan": "ssd",
+    "ssd_step": "ssd",
+    "hadamard": "hadamard",
+    "hadamard_quantize": "hadamard",
+    "gated_norm_hadamard": "hadamard",
+}
+
 BACKENDS = ("auto", "reference", "triton", "cpu")
 #: What "auto" is, by the kind of device.
 _FAST = {"cuda": "triton", "cpu": "cpu"}
@@ -88,7 +107,7 @@ def choose_kernels(device: torch.device, backend: str = "auto") -> Kernels:
         return REFERENCE
     reason = _without_triton(device) if wanted == "triton" else _without_compiled(device)
     if reason is None:
-        return _triton_on(device) if wanted == "triton" else _compiled()
+        return _triton_on(device) if wanted == "triton" else _kernels_of("cpu")
     why = _sentence(wanted, device, reason)
     if backend != "auto":
         raise QuambaError(f"{why}; use backend 'reference'.")
@@ -148,55 +167,18 @@ def _triton_on(device: torch.device) -> Kernels:
     from quamba.kernels.triton.launches import check_tables
 
     check_tables(device)
-    return _triton()
+    return _kernels_of("triton")
 
 
 @functools.cache
-def _compiled() -> Kernels:
-    from quamba.kernels.cpu import conv, embedding, hadamard, linear, norm, selective_scan, ssd
-    from quamba.kernels.cpu import quantize as quantize_ops
+def _kernels_of(backend: str) -> Kernels:
+    """The functions of ``kernels/{backend}/``, which is imported now."""
 
-    return Kernels(
-        name="cpu",
-        quantize=quantize_ops.quantize,
-        embedding=embedding.embedding,
-        linear=linear.linear,
-        add_norm=norm.add_norm,
-        rms_norm=norm.rms_norm,
-        gated_rms_norm=norm.gated_rms_norm,
-        causal_conv1d=conv.causal_conv1d,
-        selective_scan=selective_scan.selective_scan,
-        selective_scan_step=selective_scan.selective_scan_step,
-        ssd_scan=ssd.ssd_scan,
-        ssd_step=ssd.ssd_step,
-        hadamard=hadamard.hadamard,
-        hadamard_quantize=hadamard.hadamard_quantize,
-        gated_norm_hadamard=hadamard.gated_norm_hadamard,
-    )
+    def found(op: str) -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(import_module(f"quamba.kernels.{backend}.{_FILES[op]}"), op)
+        return function
 
-
-@functools.cache
-def _triton() -> Kernels:
-    from quamba.kernels.triton import conv, embedding, hadamard, linear, norm, selective_scan, ssd
-    from quamba.kernels.triton import quantize as quantize_ops
-
-    return Kernels(
-        name="triton",
-        quantize=quantize_ops.quantize,
-        embedding=embedding.embedding,
-        linear=linear.linear,
-        add_norm=norm.add_norm,
-        rms_norm=norm.rms_norm,
-        gated_rms_norm=norm.gated_rms_norm,
-        causal_conv1d=conv.causal_conv1d,
-        selective_scan=selective_scan.selective_scan,
-        selective_scan_step=selective_scan.selective_scan_step,
-        ssd_scan=ssd.ssd_scan,
-        ssd_step=ssd.ssd_step,
-        hadamard=hadamard.hadamard,
-        hadamard_quantize=hadamard.hadamard_quantize,
-        gated_norm_hadamard=hadamard.gated_norm_hadamard,
-    )
+    return Kernels(name=backend, **{op: found(op) for op in _FILES})
 
 
 @functools.cache

@@ -29,7 +29,7 @@ def load() -> ctypes.CDLL | str:
     """The library, or why there is none: the end of a sentence."""
     path = Path(os.environ.get(_OTHER_FILE) or Path(__file__).with_name(_FILE))
     if not path.is_file():
-        return "they were not built when the package was installed, for want of a C++ compiler"
+        return "they are not built; install the package again where there is a C++ compiler"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

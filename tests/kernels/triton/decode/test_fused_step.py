@@ -14,7 +14,7 @@ from torch import Tensor
 from variants import VARIANTS, calibration_set, random_ids, rounded, shipped, with_state
 
 from quamba.formats.hadamard import supported
-from quamba.kernels.registry import _triton
+from quamba.kernels.registry import _kernels_of
 from quamba.kernels.triton.decode.norm import norm
 from quamba.kernels.triton.decode.scan import TimeSteps
 from quamba.models.cache import MambaCache
@@ -53,7 +53,7 @@ def quantized(config: ModelConfig, precision: str, state: str | None = None) -> 
 
 
 def placed(model: MambaLM, floats: torch.dtype, device: torch.device) -> MambaLM:
-    return copy.deepcopy(model).set_compute_dtype(floats).to(device).use_kernels(_triton())
+    return copy.deepcopy(model).set_compute_dtype(floats).to(device).use_kernels(_kernels_of("triton"))
 
 
 def take(states: MambaCache, other: MambaCache) -> None:
