@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quamba.checkpoints.tensors import open_tensors, write_tensors, written_beside
+from quamba.checkpoints.tensors import StreamedTensor, open_tensors, write_tensors, written_beside
 from quamba.errors import QuambaError
 
 
@@ -301,3 +301,24 @@ def test_other_programs_read_what_is_written(tmp_path):
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", "made_by": "a test"}
+
+
+@pytest.mark.parametrize("limit", [100, 10**9], ids=["shards", "one file"])
+def test_streamed_tensors_are_written_as_whole_ones(tmp_path, limit):
+    plain, streamed = tmp_path / "plain", tmp_path / "streamed"
+    plain.mkdir(), streamed.mkdir()
+    tensors = some_tensors()
+    write_tensors(plain, tensors, max_shard_bytes=limit)
+    pieces = {
+        name: StreamedTensor(t.shape, t.dtype, lambda t=t: iter(t.split(2) if t.ndim else (t,)))
+        for name, t in tensors.items()
+    }
+    write_tensors(streamed, pieces, max_shard_bytes=limit)
+    files = {path.name: path.read_bytes() for path in plain.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in streamed.iterdir()}
+
+
+def test_a_streamed_tensor_keeps_its_word(tmp_path):
+    short = StreamedTensor((4, 2), torch.float32, lambda: iter([torch.zeros(3, 2)]))
+    with pytest.raises(AssertionError, match="not as announced"):
+        write_tensors(tmp_path, {"short": short})

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,6 +94,22 @@ class TensorSource:
         return self._shards[name]
 
 
+@dataclass(frozen=True)
+class StreamedTensor:
+    """A tensor to write that need never be whole in memory.
+
+    blocks  gives its elements from first to last, in tensors of any shape; called once
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: Callable[[], Iterator[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def open_tensors(folder: str | Path) -> TensorSource:
     """Open the weights of a folder: the first of ``WEIGHT_FILES`` that is there.
 
@@ -115,7 +133,7 @@ def open_tensors(folder: str | Path) -> TensorSource:
 
 def write_tensors(
     folder: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | StreamedTensor],
     *,
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -196,7 +214,7 @@ class _SafetensorsShard:
         try:
             self._file = safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
-            raise QuambaError(f"{_broken(path, 'safetensors file')} ({error}).") from None
+            raise QuambaError(f"{broken_file(path, 'safetensors file')} ({error}).") from None
         self.metadata: Mapping[str, str] = self._file.metadata() or {}
 
     def names(self) -> list[str]:
@@ -284,10 +302,11 @@ def _unpickled(path: Path) -> object:
                 f"'{path}' is refused: its pickle calls '{code[1]}', and only plain tensors are read from a "
                 "pickle; save it as safetensors instead."
             ) from error
-        raise QuambaError(f"{_broken(path, 'PyTorch checkpoint')}.") from error
+        raise QuambaError(f"{broken_file(path, 'PyTorch checkpoint')}.") from error
 
 
-def _broken(path: Path, kind: str) -> str:
+def broken_file(path: Path, kind: str) -> str:
+    """Why a file is no ``kind`` ("safetensors file"), as the beginning of a sentence."""
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
@@ -295,7 +314,7 @@ def _broken(path: Path, kind: str) -> str:
     return f"'{path}' is truncated or no {kind}"
 
 
-def _split(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+def _split(tensors: Mapping[str, Tensor | StreamedTensor], limit: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     used = 0
     for name, tensor in tensors.items():
@@ -307,7 +326,9 @@ def _split(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _write_safetensors(
+    file: Path, tensors: Mapping[str, Tensor | StreamedTensor], metadata: Mapping[str, str]
+) -> None:
     """Write the file in an order that ``ALIGNMENT_BYTES`` asks for, one tensor in memory at a time.
 
     The format allows no gaps, so tensors whose size is a multiple of the alignment come first: they
@@ -329,8 +350,11 @@ def _write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapp
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            out.write(flat.view(torch.uint8).numpy().data)
+            tensor = tensors[name]
+            for block in tensor.blocks() if isinstance(tensor, StreamedTensor) else (tensor,):
+                flat = block.detach().cpu().contiguous().reshape(-1)
+                out.write(flat.view(torch.uint8).numpy().data)
+        assert out.tell() == len(text) + 8 + end, f"{file.name}: a streamed tensor was not as announced"
 
 
 def _flush(folder: Path) -> None:
