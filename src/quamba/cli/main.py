@@ -17,6 +17,7 @@ _COMMANDS = {
     "analyze": ("analyze", "Show where a quantized model departs from its float model."),
     "inspect": ("inspect", "Show what is quantized how, without loading weights."),
     "convert": ("convert", "Write a published checkpoint in our format."),
+    "convert-megatron": ("convert_megatron", "Write a Megatron-LM checkpoint as a float model."),
     "export-zoo": ("export_zoo", "Write a quantized model in the published format."),
     "doctor": ("doctor", "Check that every kernel gives right results on this machine."),
     "tune": ("tune", "Find the fastest launches of GPU kernels here."),
