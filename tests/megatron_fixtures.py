@@ -1,7 +1,7 @@
-"""Checkpoints as Megatron-LM writes them: a file a tensor-parallel rank, with training state beside the weights.
+"""Checkpoints as Megatron-LM writes them: a file a tensor-parallel rank, training state beside the weights.
 
-How ranks share a tensor is written here a second time, from the side of training: each part of a tensor is cut
-into equal chunks, and a rank has its chunk of every part.
+How ranks share a tensor is written here a second time, from the side of training: each part of a tensor is
+cut into equal chunks, and a rank has its chunk of every part.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import enum
 import io
 import random
+import struct
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ from quamba.checkpoints.upstream import state_spaces_name
 from quamba.models.config import Mamba2Config
 
 FILE = "model_optim_rng.pt"
+WORDS = ["sea", "ship", "storm", "harbour", "captain", "rope", "water", "wind"]
+_TRAINED = 61
 
 
 def write_checkpoint(
@@ -65,6 +69,30 @@ def write_checkpoint(
             torch.save(content if with_arguments else {"model": model}, folder / FILE)
     (root / "latest_checkpointed_iteration.txt").write_text("500")
     return root
+
+
+def sentencepiece_model(size: int) -> bytes:
+    """A SentencePiece model of exactly so many pieces; those beyond the first 61 are words like ``w7``."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="the package sentencepiece is not installed")
+    lines = [" ".join(random.Random(i).choices(WORDS, k=8)) for i in range(50)]
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=out,
+        vocab_size=min(size, _TRAINED),
+        model_type="bpe",
+        num_threads=1,
+        minloglevel=2,
+    )
+    return out.getvalue() + _more_pieces(max(0, size - _TRAINED))
+
+
+def _more_pieces(count: int) -> bytes:
+    """Pieces in the wire format of protobuf, whose messages may be continued: a text and a score each."""
+    pieces = [f"\u2581w{i}".encode() for i in range(count)]
+    scores = [struct.pack("<f", -100.0 - i) for i in range(count)]
+    bodies = [b"\x0a" + bytes([len(p)]) + p + b"\x15" + s for p, s in zip(pieces, scores, strict=True)]
+    return b"".join(b"\x0a" + bytes([len(body)]) + body for body in bodies)
 
 
 def training_arguments(config: Mamba2Config, ranks: int) -> dict[str, Any]:

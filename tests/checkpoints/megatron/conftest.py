@@ -1,30 +1,11 @@
-"""A tiny model whose parts all have sizes of their own, and tokenizers for it."""
+"""A tokenizer for the tiny models of these tests."""
 
 from __future__ import annotations
 
-import io
-import random
 from pathlib import Path
 
 import pytest
-
-WORDS = ["sea", "ship", "storm", "harbour", "captain", "rope", "water", "wind"]
-
-
-def sentencepiece_model(size: int) -> bytes:
-    """A SentencePiece model of exactly so many pieces."""
-    sentencepiece = pytest.importorskip("sentencepiece", reason="the package sentencepiece is not installed")
-    lines = [" ".join(random.Random(i).choices(WORDS, k=8)) for i in range(50)]
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=out,
-        vocab_size=size,
-        model_type="bpe",
-        num_threads=1,
-        minloglevel=2,
-    )
-    return out.getvalue()
+from megatron_fixtures import sentencepiece_model
 
 
 @pytest.fixture(scope="session")

@@ -115,8 +115,8 @@ def _check_space(folder: Path, size_bytes: int) -> None:
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < size_bytes + _SPARE_BYTES:
+    need, free = size_bytes + _SPARE_BYTES, shutil.disk_usage(place).free
+    if free < need:
         raise QuambaError(
-            f"'{folder}' needs {size_bytes / 1e9:.1f} GB, but '{place}' has only {free / 1e9:.1f} GB free."
+            f"'{folder}' needs {need / 1e9:.1f} GB with some to spare, but '{place}' has {free / 1e9:.1f} GB."
         )

@@ -116,8 +116,8 @@ class Ranks:
             folder = self.files[0].parent.parent
             raise missing_rank(folder / f"mp_rank_{len(self.files):02d}" / self.files[0].name, count)
         raise QuambaError(
-            f"'{self.files[0]}' was saved by {count} tensor-parallel ranks, expected {len(self.files)}, the number "
-            "of files."
+            f"'{self.files[0]}' was saved by {count} tensor-parallel ranks, expected {len(self.files)}: "
+            "there are so many files."
         )
 
     def _check_alike(self, rank: int) -> None:

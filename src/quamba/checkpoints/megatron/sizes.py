@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -50,8 +51,8 @@ def model_config(ranks: Ranks, ids: int) -> Mamba2Config:
     config = Mamba2Config(
         d_model=d_model,
         n_layer=_size(arguments, "num_layers", _layers(ranks), where),
-        vocab_size=ids,
-        pad_vocab_size_multiple=_padding(arguments, rows, ids, len(ranks)),
+        vocab_size=rows,
+        pad_vocab_size_multiple=1,
         d_state=_size(arguments, "mamba_state_dim", PUBLISHED_8B["mamba_state_dim"], where),
         headdim=headdim,
         ngroups=_size(arguments, "mamba_num_groups", PUBLISHED_8B["mamba_num_groups"], where),
@@ -62,7 +63,8 @@ def model_config(ranks: Ranks, ids: int) -> Mamba2Config:
         norm_eps=_epsilon(arguments, where),
     )
     _check_shapes(ranks, config, where)
-    return config
+    multiple = _padding(arguments, rows, ids, len(ranks))
+    return dataclasses.replace(config, vocab_size=ids, pad_vocab_size_multiple=multiple)
 
 
 def stored_shapes(config: Mamba2Config) -> dict[str, tuple[int, ...]]:
@@ -120,17 +122,16 @@ def _layers(ranks: Ranks) -> int:
 
 
 def _padding(arguments: Mapping[str, Any], rows: int, ids: int, ranks: int) -> int:
-    """The multiple that makes ``rows`` of ``ids``."""
+    """The multiple that makes ``rows`` of ``ids``: Megatron's own rule first, then those of other ranks."""
     divisor = arguments.get("make_vocab_size_divisible_by")
     divisor = divisor if isinstance(divisor, int) and divisor > 0 else _DIVISIBLE_BY
-    multiples = sorted({divisor * ranks, *(divisor * n for n in range(1, _MOST_RANKS + 1))})
+    multiples = [divisor * n for n in (ranks, *range(1, _MOST_RANKS + 1))]
     for multiple in multiples:
         if -(-ids // multiple) * multiple == rows:
             return multiple
-    least = max(rows - multiples[-1], 0) + 1
     raise QuambaError(
-        f"The tokenizer has {ids} ids, expected {least} to {rows}: the checkpoint's embedding has {rows} "
-        "rows, padding included."
+        f"The tokenizer has {ids} ids, which no padding by {divisor} to {max(multiples)} makes the {rows} "
+        "rows of the checkpoint's embedding, expected the tokenizer of this model."
     )
 
 

@@ -82,7 +82,7 @@ def read_rank(path: Path) -> RankContent:
         if str(name).endswith(_EXTRA_STATE):
             continue
         if type(value) not in (Tensor, torch.nn.Parameter) or not value.is_floating_point():
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            kind = value.dtype if isinstance(value, Tensor) else "an object"
             raise QuambaError(f"'{name}' in '{path}' is {kind}, expected a tensor of floats.")
         tensors[str(name)] = value.detach()
     arguments = content.get("args")
