@@ -118,6 +118,8 @@ def training_arguments(config: Mamba2Config, ranks: int) -> dict[str, Any]:
 def shard(name: str, tensor: Tensor, config: Mamba2Config, rank: int, ranks: int) -> Tensor:
     """A rank's share of a tensor of Megatron's."""
     bc = config.ngroups * config.d_state
+    if tensor.ndim == 2 and tensor.stride(0) < tensor.shape[1]:  # rows that overlap stay so
+        return tensor.chunk(ranks)[rank]
     if ".conv1d" in name and "weight" in name:
         tensor = tensor.reshape(tensor.shape[0], 1, -1)
     if name.endswith("mixer.out_proj.weight"):
