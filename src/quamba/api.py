@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quamba.calibration.data import CalibrationSet, CalibrationSpec, load_calibration
 from quamba.checkpoints.float import read_float
+from quamba.checkpoints.mapping import drop_pages
 from quamba.checkpoints.quantized import describe_quantized, write_quantized
 from quamba.checkpoints.source import read_json
 from quamba.checkpoints.source import resolve as resolve_source
@@ -25,7 +26,9 @@ from quamba.kernels.registry import choose_kernels
 from quamba.models.cache import MambaCache
 from quamba.models.config import ModelConfig
 from quamba.models.lm import MambaLM
+from quamba.quantization.memory import Budget
 from quamba.quantization.pipeline import Progress, quantize_model
+from quamba.quantization.work import WorkFolder, file_identity
 from quamba.recipes.plan import Plan, resolve
 from quamba.recipes.recipe import Recipe, load_recipe
 from quamba.recipes.report import Report
@@ -51,6 +54,7 @@ class Model:
     report           what quantizing cost and lost; None for a float model or a file without one
     source           path or hub id of the float model
     tokenizer_error  why there is no tokenizer; empty if there is one
+    identity         of the files that a float model's tensors are mapped from (``open_float``); else empty
     """
 
     network: MambaLM
@@ -59,6 +63,7 @@ class Model:
     plan: Plan | None = None
     report: Report | None = None
     tokenizer_error: str = ""
+    identity: str = ""
 
     @property
     def config(self) -> ModelConfig:
@@ -186,6 +191,19 @@ def load(
     return model
 
 
+def open_float(path_or_id: str | Path) -> Model:
+    """A float checkpoint to quantize: its tensors stay in its files until they are looked at.
+
+    It is on the CPU, in the dtype of the files, and not to be changed; to run a float model, ``load`` it.
+    """
+    folder = resolve_source(path_or_id)
+    checkpoint = read_float(folder)
+    network = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors)
+    model = Model(network, None, str(path_or_id), identity=file_identity(folder))
+    _add_tokenizer(model, folder, str(path_or_id))
+    return model
+
+
 def convert(
     path_or_id: str | Path,
     folder: str | Path,
@@ -231,12 +249,28 @@ def quantize(
     calibration: CalibrationSet | CalibrationSpec | str | Path | None = None,
     *,
     progress: Progress | None = None,
+    device: str | torch.device | None = None,
+    backend: str = "auto",
+    work: WorkFolder | str | Path | None = None,
+    max_gpu_memory: int | None = None,
+    max_memory: int | None = None,
 ) -> tuple[Model, Report]:
     """A quantized copy of a float model, and what it cost and lost.
+
+    One block of the model is worked on at a time, so that a model of ``open_float`` may be larger than the
+    memory of the GPU, or of the machine.
 
     recipe       a Recipe, the name of a shipped one, or the path of a TOML file
     calibration  texts already chosen, how to choose them, or a path or data set name to choose from
                  (512 samples of 512 tokens); None: the default data set, nothing if the recipe needs none
+    device       computes, and holds the result; None: the model's
+    backend      kernels of a result of ``open_float``, as for ``load``
+    work         a folder in which results of stages are kept, so that an interrupted run goes on where it
+                 stopped, and runs of other recipes for this model and text share what they have in common;
+                 whoever gives it clears it (``WorkFolder.clear``)
+    max_gpu_memory, max_memory
+                 bytes that a GPU and the machine may spend; None: what they have. Batches and the place of
+                 hidden states (GPU, memory, or files in ``work``) follow from them
     """
     if model.plan is not None:
         raise QuambaError(
@@ -245,9 +279,23 @@ def quantize(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     texts = _calibration_set(model, recipe, calibration)
-    network, plan, report = quantize_model(model.network, recipe, texts, progress)
-    network.set_compute_dtype(model.network.lm_head.compute_dtype).use_kernels(model.network.kernels)
-    return dataclasses.replace(model, network=network, plan=plan, report=report), report
+    target = model.device if device is None else choose_device(device)
+    dtype, kernels = model.network.lm_head.compute_dtype, model.network.kernels
+    if model.identity:
+        dtype = torch.float16 if target.type == "cuda" else torch.float32
+        kernels = choose_kernels(target, backend)
+    network, plan, report = quantize_model(
+        model.network,
+        recipe,
+        texts,
+        progress,
+        work=WorkFolder(work) if isinstance(work, str | Path) else work,
+        budget=Budget(target, max_gpu_memory, max_memory),
+        identity=model.identity or None,
+        release=drop_pages if model.identity else None,
+    )
+    network.set_compute_dtype(dtype).to(target).use_kernels(kernels)
+    return dataclasses.replace(model, network=network, plan=plan, report=report, identity=""), report
 
 
 def save(model: Model, folder: str | Path, *, overwrite: bool = False) -> None:

@@ -6,18 +6,29 @@ import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
 from torch import Tensor
-from variants import calibration_set, shipped, with_state
+from variants import calibration_set, rounded, shipped, with_state
 
 from quamba.errors import QuambaError
 from quamba.formats.activation import Quantized
 from quamba.formats.weight import WeightFormat
 from quamba.models.lm import MambaLM
+from quamba.quantization.convert import nearest
 from quamba.quantization.pipeline import quantize_model
-from quamba.quantization.solve import ProjectionSolver, moments
-from quamba.quantization.streams import Stream
-from quamba.recipes.recipe import Solver
+from quamba.quantization.solve import ProjectionSolver, moments, report_line
+from quamba.quantization.states import Shelf
+from quamba.quantization.streams import Stream, first_sequences
+from quamba.recipes.recipe import Solver, load_recipe
 
 GPTQ = Solver(kind="gptq")
+MEMORY = Shelf("memory", torch.device("cpu"))
+
+
+def stream_of(model: MambaLM, samples: int | None = None, *, keeps: bool = True) -> Stream:
+    """The calibration set at the entrance of the first block."""
+    batches = first_sequences(calibration_set(model.config).batches(), samples)
+    stream = Stream(batches, model.backbone.embedding, model.config.d_model, MEMORY, "test", keeps=keeps)
+    stream.begin()
+    return stream
 
 
 def moments_alone(model: MambaLM, path: str, count: int | None = None) -> Tensor:
@@ -50,12 +61,12 @@ def test_hessians_are_those_of_the_whole_model(family: str, quantized: str | Non
     if quantized is not None:
         recipe = with_state(shipped(quantized, config), "int8")
         model, _, _ = quantize_model(model, recipe, calibration_set(config))
-    stream = Stream(model, calibration_set(config), None)
+    stream = stream_of(model)
     names = ["in_proj", "x_proj", "dt_proj", "out_proj"] if family == "mamba" else ["in_proj", "out_proj"]
     for layer, block in enumerate(model.blocks):
         for name in names:
             linear = getattr(block.mixer, name)
-            found, cross = moments(linear, stream.inputs(layer, name), None, stream.masks)
+            found, cross = moments(linear, stream.inputs(block, name), None, stream.masks)
             expected = moments_alone(model, f"backbone.layers.{layer}.mixer.{name}")
             assert cross is None
             # In float32, codes near the middle may move between a batch and a sequence alone.
@@ -63,8 +74,8 @@ def test_hessians_are_those_of_the_whole_model(family: str, quantized: str | Non
             folded = quantized == "w8a8" and name == "x_proj"
             assert linear.input_scale_folded == folded
             assert (found - expected).abs().max() <= bound * expected.abs().max(), name
-        stream.advance(layer)
-    found, _ = moments(model.lm_head, stream.head_inputs(), None, stream.masks)
+        stream.advance(block)
+    found, _ = moments(model.lm_head, stream.normed(model.backbone.norm_f), None, stream.masks)
     expected = moments_alone(model, "lm_head")
     assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
 
@@ -72,25 +83,30 @@ def test_hessians_are_those_of_the_whole_model(family: str, quantized: str | Non
 def test_advancing_from_kept_inputs_equals_walking_through_the_block() -> None:
     config = tiny_config("mamba2")
     model = tiny_model(config)
-    walking, keeping = (Stream(model, calibration_set(config), None) for _ in range(2))
-    list(keeping.inputs(0, "out_proj"))
-    for stream in (walking, keeping):
-        stream.advance(0)
-    for one, other in zip(walking.inputs(1, "in_proj"), keeping.inputs(1, "in_proj"), strict=True):
-        assert torch.equal(one, other)
+    first, second = model.blocks
+    walking, keeping, full = stream_of(model), stream_of(model), stream_of(model, keeps=False)
+    list(keeping.inputs(first, "out_proj"))
+    list(full.inputs(first, "out_proj"))
+    for stream in (walking, keeping, full):
+        stream.advance(first)
+    for seen in zip(*(s.inputs(second, "in_proj") for s in (walking, keeping, full)), strict=True):
+        assert torch.equal(seen[0], seen[1])
+        assert torch.equal(seen[0], seen[2])
 
 
 def test_cross_moments_pair_the_streams() -> None:
     config = tiny_config("mamba2")
-    streams = [Stream(tiny_model(config, seed), calibration_set(config), None) for seed in (0, 1)]
+    models = [tiny_model(config, seed) for seed in (0, 1)]
+    streams = [stream_of(model) for model in models]
     masks = streams[0].masks
     rows = []
-    for stream in streams:
-        seen = zip(stream.inputs(0, "in_proj"), masks, strict=True)
+    for stream, model in zip(streams, models, strict=True):
+        seen = zip(stream.inputs(model.blocks[0], "in_proj"), masks, strict=True)
         rows.append(torch.cat([x.flatten(0, 1) if m is None else x[m] for x, m in seen]).double())
     ours, theirs = rows
-    linear = streams[0].model.blocks[0].mixer.in_proj
-    hessian, cross = moments(linear, streams[0].inputs(0, "in_proj"), streams[1].inputs(0, "in_proj"), masks)
+    linear = models[0].blocks[0].mixer.in_proj
+    inputs = [s.inputs(m.blocks[0], "in_proj") for s, m in zip(streams, models, strict=True)]
+    hessian, cross = moments(linear, *inputs, masks)
     assert cross is not None
     torch.testing.assert_close(hessian.double(), 2 * ours.T @ ours / len(ours), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(cross.double(), 2 * theirs.T @ ours / len(ours), rtol=1e-5, atol=1e-5)
@@ -99,20 +115,24 @@ def test_cross_moments_pair_the_streams() -> None:
 @pytest.mark.parametrize("samples", [1, 4, 6])
 def test_samples_limit_the_sequences(samples: int) -> None:
     model = tiny_model(tiny_config("mamba2"))
-    stream = Stream(model, calibration_set(model.config), samples)
-    assert sum(len(x) for x in stream.inputs(0, "in_proj")) == samples
-    found, _ = moments(model.blocks[0].mixer.in_proj, stream.inputs(0, "in_proj"), None, stream.masks)
+    stream, block = stream_of(model, samples), model.blocks[0]
+    assert sum(len(x) for x in stream.inputs(block, "in_proj")) == samples
+    found, _ = moments(block.mixer.in_proj, stream.inputs(block, "in_proj"), None, stream.masks)
     expected = moments_alone(model, "backbone.layers.0.mixer.in_proj", samples)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_rounding_reads_no_calibration() -> None:
     model = tiny_model(tiny_config("mamba"))
-    solver = ProjectionSolver(model, None, Solver(kind="rtn"), None)
-    line = solver.solve_projection(0, "in_proj", WeightFormat(8, "channel"))
-    assert line == {"name": "layers.0.mixer.in_proj", "bits": 8, "granularity": "channel"}
+    solver, format = ProjectionSolver(Solver(kind="rtn"), None, None), WeightFormat(8, "channel")
+    linear = model.blocks[0].mixer.in_proj
+    expected = nearest(linear.float_weight, format)
+    assert solver.solve_projection(model.blocks[0], None, "in_proj", format) is None
+    assert torch.equal(linear.weight.data, expected.data)
+    assert report_line("a", format, None) == {"name": "a", "bits": 8, "granularity": "channel"}
 
 
 def test_gptq_without_calibration_is_refused() -> None:
+    config = tiny_config("mamba")
     with pytest.raises(QuambaError, match="GPTQ needs calibration text"):
-        ProjectionSolver(tiny_model(tiny_config("mamba")), None, GPTQ, None)
+        quantize_model(tiny_model(config), rounded(load_recipe("w4a16")).replace(solver=GPTQ), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -18,13 +19,14 @@ from quamba.errors import QuambaError
 from quamba.formats.parameter import QuantizedParameter
 from quamba.formats.weight import QuantizedWeight, WeightFormat, round_significant
 from quamba.models.config import Mamba2Config, MambaConfig, ModelConfig
-from quamba.models.lm import MambaLM
+from quamba.models.lm import Block, MambaLM
 from quamba.quantization.pipeline import quantize_model
 from quamba.quantization.solve import ProjectionSolver
 from quamba.recipes.plan import Plan, output_parts, resolve
 from quamba.recipes.recipe import Recipe, Solver, load_recipe
 from quamba.recipes.report import Report
 from quamba.recipes.skeleton import skeleton
+from quamba.transforms.rotate import rotate_rows
 
 RECIPES = ("zoo-w8a8", "zoo-w4a8", "zoo-w4a16")
 VARIANTS = ("mamba", "mamba2", "mamba2-groups2")
@@ -228,20 +230,28 @@ def test_a_recipe_of_an_unknown_solver_is_refused_before_any_work(recipe: str) -
 def test_gptq_aims_at_the_model_before_anything_was_rounded(
     variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    aims: list[MambaLM] = []
+    aims: list[Block] = []
+    solve = ProjectionSolver.solve_projection
 
-    def noted(model: MambaLM, float_model: MambaLM, *rest: object) -> ProjectionSolver:
-        assert any(isinstance(m, QuantizedParameter) for m in model.modules())
-        aims.append(float_model)
-        return ProjectionSolver(model, float_model, *rest)
+    def noted(self: ProjectionSolver, block: Block, aim: Block, name: str, *rest: object) -> object:
+        assert any(isinstance(m, QuantizedParameter) for m in block.modules())
+        if name == "in_proj":
+            aims.append(copy.deepcopy(aim))
+        return solve(self, block, aim, name, *rest)
 
-    monkeypatch.setattr("quamba.quantization.pipeline.ProjectionSolver", noted)
+    monkeypatch.setattr(ProjectionSolver, "solve_projection", noted)
     config = RMS_VARIANTS[variant]
     quantize_model(tiny_model(config), shipped("zoo-w4a8", config), calibration_set(config))
-    (aim,) = aims
-    ids = random_ids(config, 2, 20)
-    assert not any(isinstance(m, QuantizedParameter | QuantizedWeight) for m in aim.modules())
-    torch.testing.assert_close(aim(ids), tiny_model(config)(ids), rtol=1e-4, atol=1e-4)
+    assert len(aims) == config.n_layer
+    assert not any(isinstance(m, QuantizedParameter | QuantizedWeight) for a in aims for m in a.modules())
+    ids, model = random_ids(config, 2, 20), tiny_model(config)
+    hidden, residual = rotate_rows(model.backbone.embedding(ids)), None
+    for aim in aims:
+        hidden, residual = aim(hidden, residual, None, None)
+    normed = rotate_rows(hidden + residual)  # T is its own inverse at these sizes
+    torch.testing.assert_close(
+        model.lm_head(model.backbone.norm_f(normed, None)[0]), model(ids), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_table_is_solved_with_a_scale_of_16_bits_a_row() -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quamba.calibration.observers import Observer, StateObserver
 from quamba.models.lm import MambaLM
@@ -51,7 +51,7 @@ def collect(
     Only a float model can be watched: scales are made from real values.
     """
     states = list(states)
-    with _hooks(model, list(watches)) as current:
+    with watching(model, list(watches)) as current:
         for ids, mask in batches:
             ids = ids.to(model.device)
             current.mask = None if mask is None else mask.to(model.device)
@@ -64,13 +64,16 @@ def collect(
                 on_batch(ids.shape[0])
 
 
-class _Current:
+class Current:
+    """The mask of the batch that is going by; to be set before each."""
+
     mask: Tensor | None = None
 
 
 @contextmanager
-def _hooks(model: MambaLM, watches: list[Watch]) -> Iterator[_Current]:
-    current = _Current()
+def watching(module: nn.Module, watches: Iterable[Watch]) -> Iterator[Current]:
+    """Let observers see what a float model, or a part of one, gives; paths are those inside of it."""
+    current = Current()
 
     def watcher(watches: list[Watch]) -> Callable[[object], None]:
         def watch_all(output: object) -> None:
@@ -84,12 +87,12 @@ def _hooks(model: MambaLM, watches: list[Watch]) -> Iterator[_Current]:
     by_path: dict[str, list[Watch]] = {}
     for watch in watches:
         by_path.setdefault(watch.path, []).append(watch)
-    with listening(model, {path: watcher(group) for path, group in by_path.items()}):
+    with listening(module, {path: watcher(group) for path, group in by_path.items()}):
         yield current
 
 
 @contextmanager
-def listening(model: MambaLM, listeners: Mapping[str, Callable[[object], None]]) -> Iterator[None]:
+def listening(model: nn.Module, listeners: Mapping[str, Callable[[object], None]]) -> Iterator[None]:
     """Tell each listener every output of the leaf at its path, in any precision, as the leaf gives it."""
 
     def hook(listener: Callable[[object], None]) -> Callable[..., None]:

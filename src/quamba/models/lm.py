@@ -160,9 +160,7 @@ class MambaLM(nn.Module):
 
     def use_kernels(self, kernels: Kernels) -> MambaLM:
         """Bind every leaf to these kernels."""
-        for module in self.modules():
-            if isinstance(module, Leaf):
-                module.kernels = kernels
+        use_kernels(self, kernels)
         return self
 
     @property
@@ -174,14 +172,26 @@ class MambaLM(nn.Module):
 
         Norm weights and the recurrence's A_log, D and dt_bias keep float32 (float64 if dtype is).
         """
-        for module in self.modules():
-            if isinstance(module, Leaf):
-                module.compute_dtype = dtype
-        for name, parameter in self.named_parameters():
-            keep = ".ssm." in name or "norm" in name
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            parameter.data = parameter.data.to(wide if keep else dtype)
+        set_compute_dtype(self, dtype)
         return self
+
+
+def use_kernels(module: nn.Module, kernels: Kernels) -> None:
+    """``MambaLM.use_kernels`` for a part of a model."""
+    for leaf in module.modules():
+        if isinstance(leaf, Leaf):
+            leaf.kernels = kernels
+
+
+def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """``MambaLM.set_compute_dtype`` for a part of a model that holds whole leaves."""
+    for leaf in module.modules():
+        if isinstance(leaf, Leaf):
+            leaf.compute_dtype = dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, parameter in module.named_parameters():
+        keep = ".ssm." in f".{name}" or "norm" in name
+        parameter.data = parameter.data.to(wide if keep else dtype)
 
 
 def _new_layer(block: Block, batch: int, device: torch.device, working: bool) -> LayerCache:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -158,40 +158,105 @@ def solve(
              integers that come of them
     Deterministic. Raises QuambaError for non-finite inputs and shapes that the format does not fit.
     """
-    config = config or GptqConfig()
-    _check_inputs(weight, hessian, cross)
-    with torch.no_grad(), _full_precision_matmul():
-        damped, factor = _damped_factor(hessian.to(weight.device), config.damping)
-        nearest = round_to_nearest(weight, format)
-        target = weight.double() if weight.dtype == torch.float64 else weight.float()
-        if cross is not None:
-            target = _cross_target(target, hessian, cross.to(weight.device), factor)
-        fixed = scale is not None
-        if not fixed and config.act_order:
-            scale = _choose_scale(target, format, config, damped.diagonal())
-        order = _column_order(damped, config)
-        if config.act_order:
-            factor = _upper_cholesky(damped[order][:, order])
-        codes, scale = _round_with_feedback(target, factor, format, config, order, scale)
-        damped = damped.to(target.dtype)
-        for _ in range(config.refinements):
-            if not fixed:
-                scale = _refit_scale(target, damped, codes, scale, format)
-            codes = _descend(target, damped, codes, scale, format, config)
-        solution = QuantizedWeight.from_codes(codes.T.contiguous().to(torch.int8), scale, format)
-        losses = SolveLosses(
-            *(relative_loss(target, q.dequantize(target.dtype), hessian) for q in (nearest, solution))
-        )
-    return solution, losses
+    pieces = [Problem(hessian, config, cross=cross, like=weight).solve(weight, format, scale)]
+    return joined(pieces)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What ``Problem.solve`` found for some rows.
+
+    lost_rtn, lost  ``tr((W - Q) H (W - Q)^T)`` of rounding to nearest and of ``weight``
+    whole           ``tr(W H W^T)``
+    """
+
+    weight: QuantizedWeight
+    lost_rtn: float
+    lost: float
+    whole: float
+
+
+class Problem:
+    """The moments of a layer's inputs, factored once; weights of any of its rows are then solved.
+
+    hessian, cross  as in ``solve``
+    like            a tensor of the device and dtype that weights will have
+    """
+
+    def __init__(
+        self, hessian: Tensor, config: GptqConfig | None = None, *, cross: Tensor | None = None, like: Tensor
+    ) -> None:
+        self._config = config = config or GptqConfig()
+        _check_inputs(like.shape[1], hessian, cross)
+        self._hessian = hessian.to(like.device)
+        self._cross = None if cross is None else cross.to(like.device)
+        with torch.no_grad(), _full_precision_matmul():
+            self._damped, self._factor = _damped_factor(self._hessian, config.damping)
+            self._order = _column_order(self._damped, config)
+            self._ordered = self._factor
+            if config.act_order:
+                self._ordered = _upper_cholesky(self._damped[self._order][:, self._order])
+            if cross is None:
+                self._factor = self._ordered  # the other one is of no use then
+
+    def solve(self, weight: Tensor, format: WeightFormat, scale: Tensor | None = None) -> Solution:
+        """Arguments as in ``solve``; rows go apart unless the format lets them share scales."""
+        config, order = self._config, self._order
+        with torch.no_grad(), _full_precision_matmul():
+            nearest = round_to_nearest(weight, format)
+            target = weight.double() if weight.dtype == torch.float64 else weight.float()
+            if self._cross is not None:
+                target = _cross_target(target, self._hessian, self._cross, self._factor)
+            fixed = scale is not None
+            if not fixed and config.act_order:
+                scale = _choose_scale(target, format, config, self._damped.diagonal())
+            codes, scale = _round_with_feedback(target, self._ordered, format, config, order, scale)
+            damped = self._damped.to(target.dtype)
+            for _ in range(config.refinements):
+                if not fixed:
+                    scale = _refit_scale(target, damped, codes, scale, format)
+                codes = _descend(target, damped, codes, scale, format, config)
+            del damped
+            solution = QuantizedWeight.from_codes(codes.T.contiguous().to(torch.int8), scale, format)
+            del codes
+            lost_rtn, lost = (self._loss(target - q.dequantize(target.dtype)) for q in (nearest, solution))
+            return Solution(solution, lost_rtn, lost, self._loss(target))
+
+    def _loss(self, error: Tensor) -> float:
+        return _quadratic(error, self._hessian.to(error))
+
+
+def joined(pieces: Iterable[Solution]) -> tuple[QuantizedWeight, SolveLosses]:
+    """The weight whose rows were solved piece by piece, and its losses."""
+    pieces = list(pieces)
+    weight = join_rows([piece.weight for piece in pieces])
+    whole = sum(piece.whole for piece in pieces)
+    lost = [sum(piece.lost_rtn for piece in pieces), sum(piece.lost for piece in pieces)]
+    return weight, SolveLosses(*(loss / whole if whole > 0 else 0.0 for loss in lost))
+
+
+def join_rows(pieces: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """One matrix of the rows of several, which have scales of their own or are alone."""
+    if len(pieces) == 1:
+        return pieces[0]
+    rows = [piece.channel_scale for piece in pieces if piece.channel_scale is not None]
+    return QuantizedWeight(
+        torch.cat([piece.data for piece in pieces]),
+        torch.cat([piece.scale for piece in pieces]),
+        pieces[0].format,
+        torch.cat(rows) if rows else None,
+    )
 
 
 def relative_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """``tr((W - Q) H (W - Q)^T) / tr(W H W^T)``; 0 if both vanish."""
     hessian = hessian.to(weight)
-    error = weight - quantized
-    lost = float(((error @ hessian) * error).sum(dtype=torch.float64))
-    whole = float(((weight @ hessian) * weight).sum(dtype=torch.float64))
+    lost, whole = _quadratic(weight - quantized, hessian), _quadratic(weight, hessian)
     return lost / whole if whole > 0 else 0.0
+
+
+def _quadratic(error: Tensor, hessian: Tensor) -> float:
+    return float(((error @ hessian) * error).sum(dtype=torch.float64))
 
 
 def _damped_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -382,15 +447,14 @@ def _steps(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale.to(dtype).T.contiguous()
 
 
-def _check_inputs(weight: Tensor, hessian: Tensor, cross: Tensor | None) -> None:
-    columns = weight.shape[1]
+def _check_inputs(columns: int, hessian: Tensor, cross: Tensor | None) -> None:
     for name, matrix in (("Hessian", hessian), ("cross-moment matrix", cross)):
         if matrix is None:
             continue
         if tuple(matrix.shape) != (columns, columns):
             raise QuambaError(
                 f"The {name} has shape {list(matrix.shape)}, expected [{columns}, {columns}] for a weight of "
-                f"shape {list(weight.shape)}."
+                f"{columns} columns."
             )
         if not bool(torch.isfinite(matrix).all()):
             raise QuambaError(

@@ -1,21 +1,79 @@
-"""How much of a GPU a quantization may use at once, and how much it used."""
+"""How much memory a quantization may use: what of it is taken at once, and where the rest goes."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
 
 from quamba.calibration.collect import Batch
+from quamba.errors import QuambaError
 from quamba.models.config import ModelConfig
 from quamba.recipes.plan import projections
+
+Place = Literal["device", "memory", "file"]
 
 # For the activations of one forward pass: a sixteenth of the GPU's memory, and what is more saves no time.
 _SHARE = 16
 _MOST_BYTES = 1 << 32
 # Float32 copies of a projection's output that are there at the same time.
 _COPIES = 4
+# What hidden states of the calibration set may take, of a GPU's memory and of the machine's.
+_STATES_OF_GPU, _STATES_OF_MEMORY = 8, 4
+_MEMINFO = Path("/proc/meminfo")
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a quantization may take. Where hidden states lie and how many sequences go at once follow from it.
+
+    device        that computes
+    gpu_bytes     of a GPU; None: all of it
+    memory_bytes  of the machine; None: what is free
+
+    The places change no number; other batches do, as far as sums in another order are other sums.
+    """
+
+    device: torch.device
+    gpu_bytes: int | None = None
+    memory_bytes: int | None = None
+
+    def device_bytes(self) -> int:
+        if self.device.type != "cuda":
+            return 0
+        whole = torch.cuda.get_device_properties(self.device).total_memory
+        return whole if self.gpu_bytes is None else min(whole, self.gpu_bytes)
+
+    def place(self, states_bytes: int) -> Place:
+        """Where hidden states of so many bytes go."""
+        if self.device.type == "cuda" and states_bytes <= self.device_bytes() // _STATES_OF_GPU:
+            return "device"
+        memory = free_bytes() if self.memory_bytes is None else self.memory_bytes
+        return "file" if memory is not None and states_bytes > memory // _STATES_OF_MEMORY else "memory"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "8G", "500M" or a plain number; 1K is 1024."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", text.strip().upper())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if size <= 0:
+        raise QuambaError(f"The memory size is '{text}', expected a number of bytes such as 8G or 500M.")
+    return size
+
+
+def free_bytes() -> int | None:
+    """Memory that programs could still have; None where the system does not say."""
+    try:
+        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(found[0]) if found else None
 
 
 class Batches(Protocol):
@@ -34,16 +92,18 @@ class LargerBatches:
         return self._calibration.batches(batch_size or self.size)
 
 
-def in_large_batches(calibration: Batches, config: ModelConfig, device: torch.device) -> Batches:
+def in_large_batches(calibration: Batches, config: ModelConfig, budget: Budget) -> Batches:
     """On a GPU as many sequences at once as fit, if these are more than the set's own; else as it is.
 
-    Speed only: the batches hold the same sequences in the same order.
+    Under a limit that the set's own batches do not fit, as many as do. The batches hold the same sequences in
+    the same order.
     """
-    if device.type != "cuda":
+    if budget.device.type != "cuda":
         return calibration
     ids, _ = next(iter(calibration.batches()))  # the longest sequences come first
-    fits = sequences_at_once(config, ids.shape[1], torch.cuda.get_device_properties(device).total_memory)
-    return LargerBatches(calibration, fits) if fits > ids.shape[0] else calibration
+    fits = sequences_at_once(config, ids.shape[1], budget.device_bytes())
+    limited = budget.gpu_bytes is not None
+    return LargerBatches(calibration, fits) if fits > ids.shape[0] or limited else calibration
 
 
 def sequences_at_once(config: ModelConfig, length: int, memory_bytes: int) -> int:

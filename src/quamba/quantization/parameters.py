@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from quamba.errors import QuambaError
 from quamba.formats.parameter import QuantizedParameter
@@ -21,15 +21,26 @@ def round_parameters(model: MambaLM, plan: Plan) -> None:
     what the rounded parameters give. What is rounded to float16 keeps its dtype.
     Raises QuambaError for a parameter that float16 cannot hold.
     """
+    for i, block in enumerate(model.blocks):
+        round_block(block, plan, i)
+    if plan.recipe.parameters != "float32":
+        later = _weights_to_quantize(plan)
+        for name, parameter in model.named_parameters():
+            if name not in later and not name.startswith("backbone.layers."):
+                parameter.data = round_to_float16(name, parameter)
+
+
+def round_block(block: Block, plan: Plan, i: int) -> None:
+    """``round_parameters`` for block i."""
     if plan.recipe.parameters == "float32":
         return
-    for block, formats in zip(model.blocks, plan.blocks, strict=True):
-        if formats.int8_parameters:
-            _round_to_int8(block, formats)
+    formats = plan.blocks[i]
+    if formats.int8_parameters:
+        _round_to_int8(block, formats)
     later = _weights_to_quantize(plan)
-    for name, parameter in model.named_parameters():
+    for name, parameter in block.named_parameters(prefix=f"backbone.layers.{i}"):
         if name not in later:
-            parameter.data = _round_to_float16(name, parameter)
+            parameter.data = round_to_float16(name, parameter)
 
 
 def _round_to_int8(block: Block, plan: BlockPlan) -> None:
@@ -54,11 +65,12 @@ def _weights_to_quantize(plan: Plan) -> set[str]:
     return names
 
 
-def _round_to_float16(name: str, parameter: nn.Parameter) -> torch.Tensor:
-    rounded = parameter.data.to(torch.float16)
+def round_to_float16(name: str, parameter: Tensor) -> Tensor:
+    """The numbers that float16 has, in the dtype they came in."""
+    rounded = parameter.detach().to(torch.float16)
     if not bool(torch.isfinite(rounded).all()):
         raise QuambaError(
-            f"'{name}' holds {float(parameter.data.abs().max()):.3g}, more than float16 can; use a recipe"
+            f"'{name}' holds {float(parameter.detach().abs().max()):.3g}, more than float16 can; use a recipe"
             " with parameters = 'float32'."
         )
     return rounded.to(parameter.dtype)

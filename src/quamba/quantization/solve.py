@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quamba.errors import QuambaError
 from quamba.formats.activation import Activation, Quantized, as_float
-from quamba.formats.weight import WeightFormat
-from quamba.models.lm import MambaLM
+from quamba.formats.weight import QuantizedWeight, WeightFormat
+from quamba.models.lm import Block
 from quamba.modules.linear import Linear
+from quamba.modules.norm import AddNorm
 from quamba.quantization.convert import nearest
 from quamba.quantization.gptq import (
     GptqConfig,
+    Problem,
+    SolveLosses,
     accumulate_code_moments,
     accumulate_cross,
     accumulate_hessian,
-    solve,
+    joined,
 )
 from quamba.quantization.streams import Stream
 from quamba.recipes.recipe import Solver
@@ -28,69 +30,54 @@ from quamba.recipes.recipe import Solver
 class ProjectionSolver:
     """Quantizes projections one by one, in the order data meets them.
 
-    For GPTQ the calibration set walks through the model as it is quantized, and with
-    ``propagate_error`` through the float model beside it.
+    stream        the calibration set, on its way through the model as it is quantized; None: weights are
+                  rounded to nearest
+    float_stream  the same on its way through the float model, whose outputs are aimed at then
     """
 
-    def __init__(
-        self, model: MambaLM, float_model: MambaLM | None, solver: Solver, calibration: Any | None
-    ) -> None:
-        self._model, self._solver = model, solver
-        self._stream: Stream | None = None
-        self._float_stream: Stream | None = None
-        if solver.kind == "gptq":
-            if calibration is None:
-                raise QuambaError("GPTQ needs calibration text; give some or use the solver 'rtn'.")
-            self._stream = Stream(model, calibration, solver.samples)
-            if float_model is not None:
-                self._float_stream = Stream(float_model, calibration, solver.samples)
+    def __init__(self, solver: Solver, stream: Stream | None, float_stream: Stream | None) -> None:
+        self._solver, self._stream, self._float_stream = solver, stream, float_stream
 
-    def solve_projection(self, layer: int, name: str, format: WeightFormat) -> dict[str, Any]:
-        """Quantize ``blocks[layer].mixer.name`` in place; a line for the report."""
-        mixer = self._model.blocks[layer].mixer
-        linear: Linear = getattr(mixer, name)
-        label = f"layers.{layer}.mixer.{name}"
+    def solve_projection(
+        self, block: Block, float_block: Block | None, name: str, format: WeightFormat
+    ) -> SolveLosses | None:
+        """Quantize projection ``name`` of a block in place.
+
+        float_block  the same block before anything was rounded; for a float stream
+        """
+        linear: Linear = getattr(block.mixer, name)
         if self._stream is None:
-            return self._round(label, linear, format)
-        targets = None if self._float_stream is None else self._float_stream.inputs(layer, name)
+            linear.set_weight(self.round(linear.float_weight, format))
+            return None
+        targets: Iterable[Activation] | None = None
+        if self._float_stream is not None and float_block is not None:
+            targets = self._float_stream.inputs(float_block, name)
         if linear.input_scale_folded and targets is not None:
             # In the units of the codes, since the weight's columns contain their scale.
-            scale = mixer.conv1d.out_scale
+            scale = block.mixer.conv1d.out_scale
             assert scale is not None
             targets = (as_float(x) / scale for x in targets)
-        return self._solve(label, linear, format, self._stream.inputs(layer, name), targets)
-
-    def solve_head(self, format: WeightFormat) -> dict[str, Any]:
-        head = self._model.lm_head
-        if self._stream is None:
-            return self._round("lm_head", head, format)
-        targets = None if self._float_stream is None else self._float_stream.head_inputs()
-        return self._solve("lm_head", head, format, self._stream.head_inputs(), targets)
-
-    def advance(self, layer: int) -> None:
-        """Go on to the next block; the weights of this one are all in place."""
-        for stream in (self._stream, self._float_stream):
-            if stream is not None:
-                stream.advance(layer)
-
-    def _round(self, label: str, linear: Linear, format: WeightFormat) -> dict[str, Any]:
-        scale = self._solver.scale if format.bits == 4 else "absmax"
-        linear.set_weight(nearest(linear.float_weight, format, scale))
-        return report_line(label, format)
-
-    def _solve(
-        self,
-        label: str,
-        linear: Linear,
-        format: WeightFormat,
-        inputs: Iterable[Activation],
-        targets: Iterable[Activation] | None,
-    ) -> dict[str, Any]:
-        assert self._stream is not None
-        hessian, cross = moments(linear, inputs, targets, self._stream.masks)
-        weight, losses = solve(linear.float_weight, hessian, format, solver_config(self._solver), cross=cross)
+        hessian, cross = moments(linear, self._stream.inputs(block, name), targets, self._stream.masks)
+        problem = Problem(hessian, solver_config(self._solver), cross=cross, like=linear.float_weight)
+        del hessian, cross
+        weight, losses = joined([problem.solve(linear.float_weight, format)])
         linear.set_weight(weight)
-        return report_line(label, format, losses.rtn, losses.gptq)
+        return losses
+
+    def head_moments(self, head: Linear, norm_f: AddNorm, float_norm_f: AddNorm) -> dict[str, Tensor]:
+        """Moments of what the head reads: "hessian", and "cross" with a float stream."""
+        assert self._stream is not None
+        targets = None if self._float_stream is None else self._float_stream.normed(float_norm_f)
+        hessian, cross = moments(head, self._stream.normed(norm_f), targets, self._stream.masks)
+        return {"hessian": hessian} if cross is None else {"hessian": hessian, "cross": cross}
+
+    def round(self, weight: Tensor, format: WeightFormat) -> QuantizedWeight:
+        return nearest(weight, format, self._solver.scale if format.bits == 4 else "absmax")
+
+    def problem(self, moments: dict[str, Tensor], like: Tensor) -> Problem:
+        """Of ``head_moments``, or of the loss metric of an embedding as "hessian"."""
+        config = solver_config(self._solver)
+        return Problem(moments["hessian"], config, cross=moments.get("cross"), like=like)
 
 
 def moments(
@@ -100,20 +87,22 @@ def moments(
     masks: list[Tensor | None],
 ) -> tuple[Tensor, Tensor | None]:
     """Second moments of the inputs, (K, K) float32, and of the float model's inputs with them."""
-    size, device = linear.in_features, linear.weight.data.device
-    hessian = torch.zeros(size, size, device=device)
-    cross = None if targets is None else torch.zeros(size, size, device=device)
+    hessian = cross = None
     others = iter(()) if targets is None else iter(targets)
     count = cross_count = 0
     for seen, mask in zip(inputs, masks, strict=True):
         seen = _in_units_of(linear, seen)
         x = _valid(as_float(seen), mask)
+        if hessian is None:
+            hessian = torch.zeros(linear.in_features, linear.in_features, device=x.device)
+            cross = None if targets is None else torch.zeros_like(hessian)
         if isinstance(seen, Quantized) and seen.scale.ndim == 0 and seen.codes.is_cuda:
             count = accumulate_code_moments(hessian, _valid(seen.codes, mask), seen.scale, count)
         else:
             count = accumulate_hessian(hessian, x, count)
         if cross is not None:
             cross_count = accumulate_cross(cross, _valid(as_float(next(others)), mask), x, cross_count)
+    assert hessian is not None, "no batches"
     return hessian, cross
 
 
@@ -128,12 +117,10 @@ def _valid(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x[mask]
 
 
-def report_line(
-    name: str, format: WeightFormat, rtn: float | None = None, solved: float | None = None
-) -> dict[str, Any]:
+def report_line(name: str, format: WeightFormat, losses: SolveLosses | None) -> dict[str, Any]:
     """One entry of ``Report.layers``."""
     line: dict[str, Any] = {"name": name, "bits": format.bits, "granularity": format.granularity}
-    return line if solved is None else {**line, "relative_loss_rtn": rtn, "relative_loss": solved}
+    return line if losses is None else {**line, "relative_loss_rtn": losses.rtn, "relative_loss": losses.gptq}
 
 
 def solver_config(solver: Solver) -> GptqConfig:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
-from quamba.models.lm import MambaLM
+from quamba.models.lm import Block, MambaLM
 from quamba.modules.linear import Linear
 from quamba.modules.norm import AddNorm
 
@@ -17,14 +17,22 @@ def fuse_norms(model: MambaLM) -> None:
     """
     model.untie()
     for block in model.blocks:
-        _fuse(block.norm, block.mixer.in_proj)
+        fuse_block(block)
     _fuse(model.backbone.norm_f, model.lm_head)
+
+
+def fuse_block(block: Block) -> None:
+    """``fuse_norms`` for one block."""
+    _fuse(block.norm, block.mixer.in_proj)
+
+
+def folded(weight: Tensor, norm: Tensor) -> Tensor:
+    """W diag(g) for rows of W (n, K) and the weight g (K,) of the norm before them, in the dtype of W."""
+    return (weight.double() * norm.double()).to(weight.dtype)
 
 
 def _fuse(norm: AddNorm, linear: Linear) -> None:
     if norm.weight is None:
         return
-    weight = linear.float_weight
-    scaled = weight.double() * norm.weight.double()
-    linear.weight = nn.Parameter(scaled.to(weight.dtype), requires_grad=False)
+    linear.weight = nn.Parameter(folded(linear.float_weight, norm.weight), requires_grad=False)
     norm.weight = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from quamba.kernels.reference.hadamard import hadamard
-from quamba.models.lm import MambaLM
+from quamba.models.lm import Block, MambaLM
 from quamba.modules.linear import Linear
 
 
@@ -17,31 +17,36 @@ def rotate(model: MambaLM) -> None:
     Scan output, T' of size d_inner: multiplied online by T' (the block's ``rotate`` leaf), undone in
     out_proj W <- W T'^T. The model computes the same function.
     """
-    assert all(block.norm.weight is None for block in model.blocks), "fuse_norms comes first"
     embedding = model.backbone.embedding
-    embedding.weight = _parameter(_rotate_rows(embedding.float_weight), embedding.float_weight)
+    embedding.weight = _parameter(rotate_rows(embedding.float_weight))
     for block in model.blocks:
-        _rotate_input(block.mixer.in_proj)
-        _rotate_input(block.mixer.out_proj)
-        _rotate_output(block.mixer.out_proj)
-        block.mixer.rotate.enabled = True
+        rotate_block(block)
     _rotate_input(model.lm_head)
 
 
+def rotate_block(block: Block) -> None:
+    """``rotate`` for one block."""
+    assert block.norm.weight is None, "fuse_norms comes first"
+    _rotate_input(block.mixer.in_proj)
+    _rotate_input(block.mixer.out_proj)
+    _rotate_output(block.mixer.out_proj)
+    block.mixer.rotate.enabled = True
+
+
+def rotate_rows(weight: Tensor) -> Tensor:
+    """T w for each row w, computed in float64, in the dtype of the rows: the embedding's and the head's."""
+    return hadamard(weight.double()).to(weight.dtype)
+
+
 def _rotate_input(linear: Linear) -> None:
-    linear.weight = _parameter(_rotate_rows(linear.float_weight), linear.float_weight)
+    linear.weight = _parameter(rotate_rows(linear.float_weight))
 
 
 def _rotate_output(linear: Linear) -> None:
-    weight = linear.float_weight
-    linear.weight = _parameter(_rotate_rows(weight.t()).t().contiguous(), weight)
+    linear.weight = _parameter(rotate_rows(linear.float_weight.t()).t().contiguous())
     if linear.bias is not None:
-        linear.bias = _parameter(_rotate_rows(linear.bias), linear.bias)
+        linear.bias = _parameter(rotate_rows(linear.bias))
 
 
-def _rotate_rows(weight: Tensor) -> Tensor:
-    return hadamard(weight.double())
-
-
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.to(like.dtype), requires_grad=False)
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
