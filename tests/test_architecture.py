@@ -21,6 +21,7 @@ OPTIONAL = {
     "pynvml": "nvidia-ml-py",
     "sklearn": "scikit-learn",
     "zstandard": "zstandard",
+    "ray": "ray",
 }
 
 

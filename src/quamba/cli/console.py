@@ -46,7 +46,7 @@ class _Sentences(click.Command):
                 raise
             _fail(f"'{error.filename}': {error.strerror}.")
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             _fail(
                 "There is not enough memory for this run, expected fewer sequences at once or shorter "
@@ -176,7 +176,7 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Of Python, of a GPU, or of the CPU, for which torch has no class of its own."""
     named = type(error).__name__ == "OutOfMemoryError"
     return isinstance(error, MemoryError) or named or "DefaultCPUAllocator" in str(error)

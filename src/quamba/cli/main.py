@@ -21,6 +21,8 @@ _COMMANDS = {
     "export-zoo": ("export_zoo", "Write a quantized model in the published format."),
     "doctor": ("doctor", "Check that every kernel gives right results on this machine."),
     "tune": ("tune", "Find the fastest launches of GPU kernels here."),
+    "sweep": ("sweep", "Do many runs of main.py from one file."),
+    "report": ("report", "Show what a sweep measured, against what was expected."),
     "recipes": ("recipes", "List the shipped recipes."),
     "demo": ("demo", "Quantize the bundled Mamba2 model, measure it, generate from it."),
 }

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from quamba.api import Model
     from quamba.calibration.data import CalibrationSet, CalibrationSpec
     from quamba.models.config import ModelConfig
+    from quamba.quantization.work import WorkFolder
     from quamba.recipes.recipe import Recipe
 
 Guard = Callable[["CalibrationSet", "Model"], None]
+Load = Callable[..., "Model"]
 
 
 @dataclass
@@ -53,10 +55,14 @@ def obtain(
     progress: TqdmProgress,
     check_calibration: Callable[[str | None], None] = lambda source: None,
     check_drawn: Guard = lambda calibration, model: None,
+    load_float: Load | None = None,
+    work: WorkFolder | None = None,
 ) -> Obtained:
     """
     check_calibration  told the calibration text's name before anything is computed; may refuse it
     check_drawn        told the samples drawn from it
+    load_float         instead of ``api.load`` for the float model that is quantized
+    work               where results of stages are kept and found
     """
     from quamba.api import choose_device, load
     from quamba.checkpoints.source import resolve as resolve_source
@@ -81,7 +87,8 @@ def obtain(
             say(f"Using the stored model '{job.folder}'.")
             return _timed_load(str(job.folder), device, backend, job.folder)
         check_replaceable(job.folder, force=True)
-    return _quantize(load(source, device, backend=backend), job, progress, check_drawn, flags.force)
+    model = (load_float or load)(source, device, backend=backend)
+    return _quantize(model, job, progress, check_drawn, flags.force, work)
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,12 @@ def read_calibration(model: Model, spec: CalibrationSpec) -> CalibrationSet:
 
 
 def _quantize(
-    model: Model, job: _Job, progress: TqdmProgress, check_drawn: Guard, overwrite: bool
+    model: Model,
+    job: _Job,
+    progress: TqdmProgress,
+    check_drawn: Guard,
+    overwrite: bool,
+    work: WorkFolder | None,
 ) -> Obtained:
     from quamba.api import quantize, save
 
@@ -165,7 +177,7 @@ def _quantize(
         calibration = read_calibration(model, job.calibration)
         check_drawn(calibration, model)
         say(f"Calibrating on {calibration.description}.")
-    small, report = quantize(model, job.recipe, calibration, progress=progress)
+    small, report = quantize(model, job.recipe, calibration, progress=progress, work=work)
     progress.close()
     if job.folder is None:
         say("The quantized model is kept in memory only; --pretrained_dir DIR stores it.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,8 +11,12 @@ from quamba.cli.flags import QuantizeFlags, device_option, given_parameters, qua
 from quamba.cli.task_scores import LOG_DIR_HELP, TESTING_SAMPLES, batch_size_option, task_names
 from quamba.errors import QuambaError
 
+if TYPE_CHECKING:
+    from quamba.cli.obtain import Load
+    from quamba.quantization.work import WorkFolder
+
 _MODES = ("eval_zero_shot", "eval_few_shot", "eval_generation")
-_TASK_OPTIONS = ("task_list", "fewshot", "task_dir", "max_length")
+_TASK_OPTIONS = ("task_list", "fewshot", "task_dir", "max_length", "limit")
 
 
 @click.command(cls=Command)
@@ -53,21 +57,45 @@ _TASK_OPTIONS = ("task_list", "fewshot", "task_dir", "max_length")
     is_flag=True,
     help=f"Score at most {TESTING_SAMPLES} windows of a text and {TESTING_SAMPLES} samples of a task.",
 )
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N samples of each task.")
+@click.option(
+    "--max_windows", type=click.IntRange(min=1), metavar="N", help="The first N windows of each text."
+)
 @click.option("--log_dir", metavar="DIR", help=LOG_DIR_HELP)
 @click.option("--allow_leak", is_flag=True, help="Score a text that the model was calibrated on.")
 @device_option()
 @seed_option()
 @click.option("--verbose", is_flag=True, help="Progress bars, even if stderr is no terminal.")
 @click.pass_context
-def command(ctx: click.Context, model: str, **options: Any) -> None:
+def command(ctx: click.Context, **options: Any) -> None:
     """Quantize MODEL and keep the result, or take it as it is; then measure it.
 
     MODEL is a folder, a hub id, or the name of a model stored under --pretrained_dir. With --quantize
     and --pretrained_dir DIR the result is stored as DIR/ut-enyac/NAME and used again on the next run if it
     was made from the same model, recipe and calibration.
     """
+    perform(ctx)
+
+
+def check(ctx: click.Context) -> None:
+    """Refuse what can be refused from the flags alone."""
+    options = dict(ctx.params)
+    _check(ctx, QuantizeFlags.take(options), options)
+
+
+def perform(
+    ctx: click.Context, load_float: Load | None = None, work: WorkFolder | None = None
+) -> dict[str, Any]:
+    """What a parsed command line asks for: print it, log it, return what the log says.
+
+    load_float  instead of ``api.load`` for the float model that is quantized
+    work        where results of stages are kept and found
+    """
+    options = dict(ctx.params)
+    model = options.pop("model")
     flags = QuantizeFlags.take(options)
     _check(ctx, flags, options)
+    from quamba.cli.evaluate import describe_run
     from quamba.cli.log import check_log_dir, write_log
     from quamba.cli.obtain import obtain
     from quamba.cli.scoring import (
@@ -85,7 +113,6 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
     texts = load_texts(options["ppl_dataset"]) if options["eval_ppl"] else []
     tasks = _load_tasks(options)
     guarded = [] if options["allow_leak"] else texts
-    scores = []
     with TqdmProgress(options["verbose"]) as progress:
         got = obtain(
             model,
@@ -96,14 +123,14 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
             progress=progress,
             check_calibration=lambda source: refuse_leak(source, guarded),
             check_drawn=lambda drawn, loaded: refuse_drawn_leak(drawn, loaded, guarded),
+            load_float=load_float,
+            work=work,
         )
         if not got.fresh:
             refuse_leak(calibration_source(got.model), guarded)
         most = TESTING_SAMPLES if options["testing"] else None
-        for text in texts:
-            scores.append(
-                score(got.model, text, progress, batch_size=options["batch_size"], max_windows=most)
-            )
+        sizes = {"batch_size": options["batch_size"], "max_windows": options["max_windows"] or most}
+        scores = [score(got.model, text, progress, **sizes) for text in texts]
         runs, store = [], None
         if tasks is not None:
             store = answer_store(got.model, options["log_dir"], options["max_length"], options["seed"])
@@ -112,7 +139,7 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
                 tasks,
                 progress,
                 shots=_shots(options),
-                limit=most,
+                limit=options["limit"] or most,
                 batch_size=options["batch_size"],
                 max_length=options["max_length"],
                 seed=options["seed"],
@@ -125,21 +152,17 @@ def command(ctx: click.Context, model: str, **options: Any) -> None:
         print_scores(scores)
     if runs:
         print_task_scores(runs)
+    record = describe_run(got.model, dict(ctx.params))
+    record["ppl"] = {s.text.name: s.result.perplexity for s in scores}
+    record["scored"] = {s.text.name: s.to_dict() for s in scores}
+    record["timings"] = {**got.seconds, **{f"perplexity {s.text.name}": s.result.seconds for s in scores}}
+    add_to_record(record, runs)
     if options["log_dir"] is not None:
-        from quamba.cli.evaluate import describe_run
-
-        record = describe_run(got.model, dict(ctx.params))
-        record["ppl"] = {s.text.name: s.result.perplexity for s in scores}
-        record["scored"] = {s.text.name: s.to_dict() for s in scores}
-        record["timings"] = {
-            **got.seconds,
-            **{f"perplexity {s.text.name}": s.result.seconds for s in scores},
-        }
-        add_to_record(record, runs)
         name = _log_name(model_name(model), flags, got.model.plan is not None)
         say(f"Log: '{write_log(options['log_dir'], name, record)}'.")
     if store is not None:
         store.clear()
+    return record
 
 
 def _check(ctx: click.Context, flags: QuantizeFlags, options: dict[str, Any]) -> None:
@@ -151,6 +174,8 @@ def _check(ctx: click.Context, flags: QuantizeFlags, options: dict[str, Any]) ->
             f"--{given[0]} has no effect alone, expected --eval_zero_shot, --eval_few_shot or "
             "--eval_generation with it."
         )
+    if given_parameters(ctx, ("max_windows",)) and not options["eval_ppl"]:
+        raise QuambaError("--max_windows has no effect alone, expected --eval_ppl with it.")
     if "fewshot" in given and modes == ["eval_zero_shot"]:
         raise QuambaError(
             "--fewshot has no effect on --eval_zero_shot, expected --eval_few_shot or --eval_generation."

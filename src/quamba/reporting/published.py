@@ -91,6 +91,12 @@ def model_id(source: str, config: Mapping[str, Any]) -> str | None:
     return stated if stated in models else None
 
 
+def model_shape(model: str) -> dict[str, Any]:
+    """family, d_model and n_layer of a model of the papers."""
+    shape: dict[str, Any] = _data()["models"][model]
+    return shape
+
+
 def precision_id(precision: str, recipe: Mapping[str, Any] | None) -> str | None:
     """The papers' name of a precision: by the blocks of the recipe, else by the name; mixed is "w4ax"."""
     if precision == "float":

@@ -1,0 +1,144 @@
+"""``quamba sweep``: many runs of main.py from one file."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from quamba.cli.console import Command, NearestChoice, say, table
+from quamba.errors import QuambaError
+
+if TYPE_CHECKING:
+    from quamba.experiments.plan import Plan
+    from quamba.experiments.sweep import Summary
+
+EXIT_FAILED_RUNS = 1
+
+
+@click.command(cls=Command)
+@click.argument("file", metavar="FILE.toml")
+@click.option(
+    "--dry_run", is_flag=True, help="Print the plan, and the command lines of its runs; run nothing."
+)
+@click.option(
+    "--engine",
+    type=NearestChoice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="local: processes of this machine; ray (extra 'ray'): tasks of a cluster.",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Runs at once. Default: one a GPU, else one; with ray, as many as the cluster has room for.",
+)
+@click.option("--ray_address", metavar="HOST:PORT", help="A running cluster. Default: one for this sweep.")
+@click.option("--only", multiple=True, metavar="NAME", help="These runs, or all under NAME; may be repeated.")
+@click.option("--retry_failed", is_flag=True, help="Runs that failed before, too.")
+@click.option("--force", is_flag=True, help="Quantize again where the stored model is another one.")
+@click.option("--full", is_flag=True, help="All samples and windows: without limit, max_windows and testing.")
+@click.option("--offline", is_flag=True, help="Take from the hub what is in its cache, without asking it.")
+@click.option("--no_sharing", is_flag=True, help="Keep no results of stages for other runs.")
+@click.option("--out", metavar="DIR", help="Results and logs. Default: runs/NAME-OF-THE-SWEEP.")
+def command(
+    file: str,
+    dry_run: bool,
+    engine: str,
+    processes: int | None,
+    ray_address: str | None,
+    only: tuple[str, ...],
+    retry_failed: bool,
+    force: bool,
+    full: bool,
+    offline: bool,
+    no_sharing: bool,
+    out: str | None,
+) -> int:
+    """Do the runs of FILE.toml, those that are not done yet.
+
+    A run that fails does not stop the others; the exit status is 1 if any has failed. The same command goes
+    on after a sweep that was ended in any way.
+    """
+    from quamba.experiments.plan import make_plan
+    from quamba.experiments.spec import SUBSET, read_sweep
+    from quamba.experiments.state import RunsFolder
+    from quamba.experiments.sweep import choose_engine, run_sweep
+
+    sweep = read_sweep(file)
+    if ray_address is not None and engine != "ray":
+        raise QuambaError("--ray_address has no effect on the local engine, expected --engine ray with it.")
+    if full:
+        sweep = sweep.with_flags(**dict.fromkeys(SUBSET))
+    sweep = sweep.only(only)
+    folder = RunsFolder.at(out or Path("runs") / sweep.name)
+    if folder.path.exists() and not folder.path.is_dir():
+        raise QuambaError(f"--out '{folder.path}' is a file, expected a folder.")
+    plan = make_plan(sweep, folder)
+    _show_plan(plan, retry_failed)
+    if dry_run:
+        for run in plan.runs:
+            click.echo(f"python main.py {shlex.join(run.spec.arguments)}")
+        return 0
+    chosen = choose_engine(engine, processes, ray_address)
+    with folder.held():
+        summary = run_sweep(
+            plan, chosen, say, retry_failed=retry_failed, force=force, share=not no_sharing, offline=offline
+        )
+    _show_summary(plan, summary)
+    return EXIT_FAILED_RUNS if summary.failed else 0
+
+
+def _show_plan(plan: Plan, retry_failed: bool) -> None:
+    """On stderr: stdout is for command lines and results."""
+    from quamba.experiments.sweep import said_bytes, said_seconds
+
+    rows = [
+        (
+            run.name,
+            run.state,
+            said_bytes(run.size_bytes),
+            said_bytes(run.memory_bytes),
+            "-" if run.state == "done" else said_seconds(run.seconds),
+        )
+        for run in plan.runs
+    ]
+    say(table(("run", "state", "model", "memory", "time"), rows))
+    for run in plan.runs:
+        if run.reason:
+            say(f"{run.name}: {run.reason}")
+    due = plan.due(retry_failed)
+    counts = ", ".join(
+        f"{len(found)} {said}"
+        for state, said in (("done", "done"), ("failed", "failed before"), ("stored", "with a stored model"))
+        if (found := [run for run in plan.runs if run.state == state])
+    )
+    times = [run.seconds for run in due if run.seconds is not None]
+    time = (
+        said_seconds(sum(times)) if times and len(times) == len(due) else "not known before a run is finished"
+    )
+    if not due:
+        time = "none"
+    say(
+        f"{len(plan.runs)} runs{f' ({counts})' if counts else ''}, {len(due)} to run. Disk for models: "
+        f"{said_bytes(plan.disk_bytes)}. Memory of the largest, without activations: "
+        f"{said_bytes(max((run.memory_bytes or 0 for run in due), default=0) or None)}. "
+        f"Time, one after another: {time}."
+    )
+    if not retry_failed and any(run.state == "failed" for run in plan.runs):
+        say("Runs that failed before are left out; --retry_failed runs them again.")
+
+
+def _show_summary(plan: Plan, summary: Summary) -> None:
+    from quamba.experiments.sweep import said_seconds
+
+    for name, sentence in summary.failed.items():
+        say(f"Failed: {name}: {sentence}")
+    click.echo(
+        f"{len(summary.done)} done, {len(summary.failed)} failed, {len(summary.skipped)} skipped in "
+        f"{said_seconds(summary.seconds)}. Results: '{plan.folder.path}'; "
+        f"report: quamba report {shlex.quote(str(plan.folder.path))}"
+    )
