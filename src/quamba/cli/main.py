@@ -15,6 +15,7 @@ _COMMANDS = {
     "profile": ("profile", "Measure size and speed on this machine."),
     "compare": ("compare", "Show runs of several models side by side."),
     "analyze": ("analyze", "Show where a quantized model departs from its float model."),
+    "search": ("search", "Choose the precision of each block under a budget."),
     "inspect": ("inspect", "Show what is quantized how, without loading weights."),
     "convert": ("convert", "Write a published checkpoint in our format."),
     "convert-megatron": ("convert_megatron", "Write a Megatron-LM checkpoint as a float model."),

@@ -1,0 +1,62 @@
+"""Several processes that score candidates: one a GPU, or some on a CPU.
+
+Each process reads the blocks from disk (on a CPU they are mapped, so memory holds them once) and builds the
+objective for itself; only labels and scores pass between processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, Protocol
+
+from quamba.search.score import Candidate, Labels
+
+
+class Setup(Protocol):
+    """All that a process needs to score candidates on a device; goes to it whole."""
+
+    def scoring(self, device: str) -> Callable[[Labels], float]: ...
+
+
+class Pool:
+    """A ``score.Runner`` of one process for each of ``devices`` (which may name one several times).
+
+    threads  of the CPU in each process
+    """
+
+    def __init__(self, setup: Setup, devices: Sequence[str], threads: int) -> None:
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        places: Any = context.SimpleQueue()
+        for device in devices:
+            places.put(device)
+        self._pool = ProcessPoolExecutor(len(devices), context, _begin, (setup, places, threads))
+
+    def __call__(self, candidates: Sequence[Labels]) -> Iterator[Candidate]:
+        return self._pool.map(_score, candidates)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+_scoring: Callable[[Labels], float] | None = None
+
+
+def _begin(setup: Setup, places: Any, threads: int) -> None:
+    import torch
+
+    global _scoring
+    torch.set_num_threads(threads)
+    _scoring = setup.scoring(places.get())
+
+
+def _score(labels: Labels) -> Candidate:
+    assert _scoring is not None
+    started = time.perf_counter()
+    score = _scoring(labels)
+    return Candidate(labels, score, time.perf_counter() - started)
