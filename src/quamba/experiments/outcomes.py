@@ -121,9 +121,11 @@ def read_outcomes(path: str | Path) -> Outcomes:
         raise QuambaError(f"There is no folder '{path}', expected the folder of a sweep.")
     plan = folder.plan()
     runs = [_outcome(folder, fields) for fields in plan["runs"]]
-    notes = [_note(run) for run in runs if run.state != "done"]
-    notes += _same_numbers(runs)
-    return Outcomes(plan["name"], plan["title"], runs, [note for note in notes if note])
+    notes = [f"{run.name} failed: {run.sentence}" for run in runs if run.state == "failed"]
+    missing = [run.name for run in runs if run.state == "not done"]
+    if missing:
+        notes.append(f"Not done, {len(missing)} of {len(runs)} runs: {', '.join(missing)}.")
+    return Outcomes(plan["name"], plan["title"], runs, notes + _same_numbers(runs))
 
 
 def judge(expected: Expected, value: Value | None, partial: bool) -> Verdict:
@@ -169,10 +171,6 @@ def _outcome(folder: RunsFolder, fields: Mapping[str, Any]) -> Outcome:
     verdicts = [judge(one, by_name.get(one.metric), partial) for one in expected]
     sentence = str(failure.get("sentence", "")) if failure is not None else ""
     return Outcome(spec.name, state, spec.options, spec.flags, size, seconds, values, verdicts, sentence)
-
-
-def _note(run: Outcome) -> str:
-    return f"{run.name} failed: {run.sentence}" if run.state == "failed" else f"{run.name} is not done."
 
 
 def _same_numbers(runs: Sequence[Outcome]) -> list[str]:

@@ -34,7 +34,7 @@ class PlannedRun:
     state         "stored": the quantized model is there and is only evaluated
     reason        why a finished run is not taken as done, or how it failed
     size_bytes    of the quantized model's tensors, None where the model's config is not at hand
-    memory_bytes  for the quantization: the float model and its float32 copies, and no activations
+    memory_bytes  for the quantization: the float model and the quantized one, and no activations
     seconds       as runs that are finished took; None before there is one
     """
 
@@ -183,7 +183,7 @@ class _Sizes:
         self._known: dict[str, tuple[int, int]] = {}
 
     def of(self, config: ModelConfig, recipe: Recipe | None) -> tuple[int, int]:
-        """Bytes of the model that is made, and of what its quantization holds at once."""
+        """Bytes of the model that is made, and of the models that its quantization holds at once."""
         fields = None if recipe is None else {**recipe.to_dict(), "percentile_alpha": None}
         key = json.dumps([config.to_dict(), fields])
         if key not in self._known:
@@ -204,8 +204,7 @@ class _Sizes:
             return _FLOAT16 * parameters, at_rest * parameters
         made = skeleton(resolve(recipe, config)).named_tensors().values()
         size = sum(t.numel() * (_FLOAT16 if t.dtype == torch.float32 else t.itemsize) for t in made)
-        copies = 2 if recipe.solver.kind == "gptq" and recipe.solver.propagate_error else 1
-        return size, (at_rest + copies * _FLOAT32) * parameters
+        return size, size + at_rest * parameters
 
 
 def _calibration(spec: RunSpec) -> tuple[Any, ...]:

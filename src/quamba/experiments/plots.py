@@ -15,7 +15,7 @@ from quamba.experiments.outcomes import Outcome, Outcomes, Verdict
 from quamba.reporting.measures import Metric
 
 STYLE = """
-.plot { width: 100%; height: auto; display: block; font-size: 12px; }
+.plot { width: 100%; max-width: 50rem; height: auto; display: block; font-size: 12px; }
 .plot text { fill: var(--ink); } .plot .soft { fill: var(--soft); }
 .plot .grid { stroke: var(--line); stroke-width: 1; }
 .plot .link { stroke: var(--soft); stroke-width: 1.2; fill: none; }
@@ -26,8 +26,9 @@ td.reproduced, td.near, td.differs { font-weight: 600; background: none; }
 td.reproduced { color: #228833; } td.near { color: #b07d0e; } td.differs { color: #cc3311; }
 ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem;
   font-size: .85rem; }
-ul.legend svg { width: 12px; height: 12px; margin-right: .35rem; vertical-align: -1px; }
+ul.legend svg { display: inline; width: 15px; height: 15px; margin-right: .35rem; vertical-align: -1px; }
 .wide { display: grid; gap: 1.2rem; margin-top: 1rem; }
+@media (min-width: 60rem) { tbody th { min-width: 23rem; } }
 """
 
 LEGEND = (
@@ -36,7 +37,7 @@ LEGEND = (
     ("differs", "farther"),
     ("none", "nothing to compare with"),
 )
-_WIDTH, _ROW, _LEFT, _RIGHT = 720.0, 22.0, 230.0, 70.0
+_WIDTH, _ROW, _LEFT, _RIGHT = 760.0, 22.0, 270.0, 70.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def size_plot(outcomes: Outcomes, metric: Metric) -> str:
     pad = (max(sizes) / min(sizes)) ** 0.06 if log else 1.0
     room = 0.0 if log else 0.06 * (max(sizes) - min(sizes)) or 0.1 * max(sizes)
     across = _Scale(min(sizes) / pad - room, max(sizes) * pad + room, left, _WIDTH - 20, log)
-    up = _spread(_values(runs, metric), height - bottom, top)
+    up = _spread(_values(runs, metric, errors=True), height - bottom, top)
     parts = _axis(up, lambda y: f'x1="{left}" x2="{_WIDTH - 20}" y1="{y:.1f}" y2="{y:.1f}"', left - 6, None)
     parts += _axis(
         across,
@@ -160,7 +161,8 @@ def _marks(
     if verdict is not None:
         wanted = verdict.expected.value
         title += f", expected {wanted:g} ({verdict.expected.source}): {verdict.judgement}"
-        x, y = place(wanted)
+        (x1, y1), (x, y) = place(number), place(wanted)
+        yield f'<line class="link" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x:.1f}" y2="{y:.1f}"/>'
         yield _mark(
             "expected", x, y, "hollow", f"{run.name}: expected {wanted:g} ({verdict.expected.source})"
         )
@@ -171,11 +173,13 @@ def _marks(
 _mark = shape
 
 
-def _values(runs: Iterable[Outcome], metric: Metric) -> list[float]:
-    """All that is drawn: values, and expected ones."""
+def _values(runs: Iterable[Outcome], metric: Metric, errors: bool = False) -> list[float]:
+    """All that is drawn: values, ends of their errors, and expected ones."""
     found = []
     for run in runs:
-        found.append(_number(run, metric))
+        value, number = run.value(metric), _number(run, metric)
+        error = _percent(metric) * (value.stderr or 0.0) if errors and value is not None else 0.0
+        found += [number - error, number + error]
         verdict = run.verdict(metric)
         if verdict is not None:
             found.append(verdict.expected.value)

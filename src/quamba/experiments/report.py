@@ -66,7 +66,15 @@ def verdict_line(verdict: Verdict) -> str:
 def table_rows(outcomes: Outcomes) -> tuple[list[str], list[list[str]]]:
     """The header and one line a run."""
     metrics = outcomes.metrics
-    header = ["run", "precision", "percentile", "MiB", *(m.name for m in metrics), "expected", "verdict"]
+    header = [
+        "run",
+        "precision",
+        "percentile",
+        "MiB in memory",
+        *(m.name for m in metrics),
+        "expected",
+        "verdict",
+    ]
     return header, [_cells(run, metrics) for run in outcomes.runs]
 
 

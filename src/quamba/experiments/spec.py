@@ -49,7 +49,8 @@ PLACES = ("pretrained_dir", "output_subdir", "log_dir", "force", "verbose")
 SUBSET = ("limit", "max_windows", "testing")
 LEAVE_OUT = "default"
 _PRECISION = re.compile(r"w(\d+)a(\d+)")
-_NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)*")
+_PART = r"[\w+-][\w.+-]*"
+_NAME = re.compile(f"{_PART}(/{_PART})*")
 _TOP = ("version", "name", "title", "defaults", "grid", "run", "expected")
 
 
@@ -214,7 +215,13 @@ class _Reader:
             raise QuambaError(f"'{self.file}', {where}: {error.format_message()}") from None
         except QuambaError as error:
             raise QuambaError(f"'{self.file}', {where}: {error}") from None
-        return run if name else dataclasses.replace(run, name=_published_name(run))
+        found = name or _published_name(run)
+        if not _NAME.fullmatch(found):
+            raise QuambaError(
+                f"'{self.file}', {where}: the run would be called '{found}', which is no name of files; list "
+                "it as [[run]] with a name."
+            )
+        return dataclasses.replace(run, name=found)
 
     def _flags(self, where: str, flags: Mapping[str, Any]) -> dict[str, Any]:
         """Flags by name, ``precision`` taken apart; values are checked when the command line is parsed."""
