@@ -4,10 +4,10 @@
 
 For each budget (so many of 6 blocks at W4A16, the others W4A8) the choice of every method, of the heuristics
 "first k" and "last k", and the best of 20 random choices by the objective. The objective is KL to the float
-model on calibration text. Every choice there is (41 for budgets of 1, 2 and 3) is scored on the whole
-held-out text too, 96 windows of 1,024 tokens, by KL and perplexity, so that it can be said what the best
-choice would have been. Prints tables and writes benchmarks/results/mixed-precision-{device}.json. Scores are
-kept in --work: a run that was cut off goes on.
+model on calibration text. What is chosen is scored on the whole held-out text, 96 windows of 1,024 tokens,
+by KL and perplexity; with --every_choice all choices are (41 for budgets of 1, 2 and 3), which says what the
+best one would have been. Prints tables and writes benchmarks/results/mixed-precision-{device}.json.
+Scores are kept in --work: a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT / "assets" / "data"
 WINDOW, BATCH = 1024, 4
 LOW, HIGH, DRAWS = "W4A8", "W4A16", 20
+COLUMNS = ("model", "budget", "by", "blocks", "objective", "heldout_kl", "heldout_perplexity", "rank")
+COLUMNS += ("choices", "evaluations", "seconds")
+HeldOut = Callable[[Labels], dict[str, float]]
 
 
 def main() -> None:
@@ -55,15 +58,23 @@ def main() -> None:
     parser.add_argument("--calib_seqlen", type=int, default=256)
     parser.add_argument("--objective_num", type=int, default=128)
     parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument(
+        "--every_choice", action="store_true", help="Score all there are on the held-out text."
+    )
     parser.add_argument("--work", type=Path, default=Path("mixed-precision"), help="Folder of the searches.")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    rows = [row for name in arguments.models for row in of_model(name, arguments)]
-    print(markdown(rows))
-    write(rows, arguments)
+    rows, uniform = [], []
+    for name in arguments.models:
+        own, ends = of_model(name, arguments)
+        print(markdown(own), ends, sep="\n", flush=True)
+        rows += own
+        uniform.append(ends)
+    write(rows, uniform, arguments)
 
 
-def of_model(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def of_model(name: str, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of the table, and the scores of models with all blocks in one precision."""
     source = str(ROOT / "assets" / "models" / name)
     model = quamba.load(source, arguments.device)
     assert model.tokenizer is not None
@@ -91,57 +102,71 @@ def of_model(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         )
         return search(source, model.network, calibration, sequences, asked, folder, Silent())
 
-    rows = []
-    for budget in arguments.budgets:
-        full = searched(budget, "exhaustive")
-        held = held_out(full, model, folder / "heldout.jsonl")
-        scores = {c.labels: c.score for c in full.candidates}
-        choices = [c for c in scores if c.count(HIGH) == budget]
-        measured = {c: held(c) for c in choices}
-        ends = {label: held((label,) * len(full.chosen)) for label in (LOW, HIGH)}
-        order = sorted(choices, key=lambda c: measured[c]["kl"])
+    full = {budget: searched(budget, "exhaustive") for budget in arguments.budgets}
+    rows = [
+        row for budget in arguments.budgets for row in chosen_by(full[budget], budget, searched, arguments)
+    ]
+    held = held_out(full[arguments.budgets[-1]], model, folder / "heldout.jsonl")
+    ends = {label: held((label,) * len(full[arguments.budgets[-1]].chosen)) for label in (LOW, HIGH)}
+    for row in rows:
+        row |= {"model": name, **held(row["labels"])}
+    if arguments.every_choice:
+        for budget in arguments.budgets:
+            rank(rows, budget, choices(full[budget], budget), held)
+    uniform = {"model": name, "heldout": ends, "objective": dict(full[arguments.budgets[-1]].uniform)}
+    return [{key: row[key] for key in COLUMNS if key in row} for row in rows], uniform
 
-        def row(
-            what: str,
-            chosen: Labels,
-            evaluations: int,
-            seconds: float,
-            *,
-            budget: int = budget,
-            scores: dict[Labels, float] = scores,
-            measured: dict[Labels, dict[str, float]] = measured,
-            order: list[Labels] = order,
-        ) -> None:
-            rows.append(
-                {
-                    "model": name,
-                    "budget": budget,
-                    "by": what,
-                    "blocks": [i for i, label in enumerate(chosen) if label == HIGH],
-                    "objective": scores[chosen],
-                    "heldout_kl": measured[chosen]["kl"],
-                    "heldout_perplexity": measured[chosen]["perplexity"],
-                    "heldout_rank": 1 + order.index(chosen),
-                    "choices": len(order),
-                    "evaluations": evaluations,
-                    "seconds": round(seconds, 1),
-                }
-            )
 
-        n = len(full.chosen)
-        row("first k", tuple(HIGH if i < budget else LOW for i in range(n)), 0, 0.0)
-        row("last k", tuple(HIGH if i >= n - budget else LOW for i in range(n)), 0, 0.0)
-        drawn = draws(n, budget, arguments.seed)
-        asked = list(dict.fromkeys(drawn))
-        seconds = sum(c.seconds for c in full.candidates if c.labels in asked)
-        row("best of 20 random", min(drawn, key=scores.__getitem__), len(asked), seconds)
-        for method in METHODS:
-            found = searched(budget, method)
-            row(method, found.chosen, found.evaluations, found.seconds)
-        row("best on the held-out text", order[0], len(order), 0.0)
-        rows[-1] |= {"uniform_heldout": ends, "uniform_objective": dict(full.uniform)}
-        print(markdown([r for r in rows if r["budget"] == budget]), flush=True)
-    return rows
+def choices(outcome: Outcome, budget: int) -> dict[Labels, Candidate]:
+    """Every candidate of so many 16-bit blocks."""
+    return {c.labels: c for c in outcome.candidates if c.labels.count(HIGH) == budget}
+
+
+def chosen_by(
+    full: Outcome, budget: int, searched: Callable[[int, str], Outcome], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """What heuristics, chance and every method choose, and what that takes."""
+    n, known = len(full.chosen), choices(full, budget)
+    drawn = list(dict.fromkeys(draws(n, budget, arguments.seed)))
+    seconds = sum(known[labels].seconds for labels in drawn)
+    found: list[tuple[str, Labels, int, float]] = [
+        ("first k", tuple(HIGH if i < budget else LOW for i in range(n)), 0, 0.0),
+        ("last k", tuple(HIGH if i >= n - budget else LOW for i in range(n)), 0, 0.0),
+        ("best of 20 random", min(drawn, key=lambda c: known[c].score), len(drawn), seconds),
+    ]
+    for method in METHODS:
+        outcome = searched(budget, method)
+        found.append((method, outcome.chosen, outcome.evaluations, outcome.seconds))
+    return [
+        {
+            "budget": budget,
+            "by": by,
+            "labels": labels,
+            "blocks": [i for i, label in enumerate(labels) if label == HIGH],
+            "objective": known[labels].score,
+            "evaluations": evaluations,
+            "seconds": round(spent, 1),
+        }
+        for by, labels, evaluations, spent in found
+    ]
+
+
+def rank(rows: list[dict[str, Any]], budget: int, known: dict[Labels, Candidate], held: HeldOut) -> None:
+    """Where each choice stands among all on the held-out text, and the best there is as a row of its own."""
+    order = sorted(known, key=lambda labels: held(labels)["heldout_kl"])
+    own = [row for row in rows if row["budget"] == budget]
+    best = {
+        "by": "(best on the held-out text)",
+        "labels": order[0],
+        "evaluations": len(order),
+        "seconds": 0.0,
+    }
+    blocks = [i for i, label in enumerate(order[0]) if label == HIGH]
+    best |= {"blocks": blocks, "objective": known[order[0]].score, **held(order[0])}
+    rows.insert(rows.index(own[-1]) + 1, {**own[-1], **best})
+    for row in rows:
+        if row["budget"] == budget:
+            row |= {"rank": 1 + order.index(row["labels"]), "choices": len(order)}
 
 
 def draws(n: int, budget: int, seed: int) -> list[Labels]:
@@ -150,7 +175,7 @@ def draws(n: int, budget: int, seed: int) -> list[Labels]:
     return [tuple(HIGH if i in blocks else LOW for i in range(n)) for blocks in chosen]
 
 
-def held_out(outcome: Outcome, model: quamba.Model, path: Path) -> Callable[[Labels], dict[str, float]]:
+def held_out(outcome: Outcome, model: quamba.Model, path: Path) -> HeldOut:
     """KL to the float model and perplexity of a candidate on the held-out text, kept in files."""
     assert model.tokenizer is not None
     ids = windows(torch.tensor(model.tokenizer.encode((DATA / "heldout.txt").read_text("utf-8"))), WINDOW)
@@ -163,9 +188,9 @@ def held_out(outcome: Outcome, model: quamba.Model, path: Path) -> Callable[[Lab
             values = both(outcome.bank.assemble(labels), wanted(model.network, ids), ids)
             seconds = time.perf_counter() - started
             for name, store in stores.items():
-                known[name] = Candidate(labels, values[name], seconds)
-                store.add(known[name])
-        return {name: found.score for name, found in known.items() if found is not None}
+                store.add(Candidate(labels, values[name], seconds))
+                known[name] = store.get(labels)
+        return {f"heldout_{name}": found.score for name, found in known.items() if found is not None}
 
     return score
 
@@ -193,22 +218,21 @@ def both(network: MambaLM, reference: list[Tensor], ids: Tensor) -> dict[str, fl
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | A16 blocks | chosen by | blocks | KL, calibration text | KL, held-out"
-        " | perplexity, held-out | rank held-out | scored | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        blocks = ", ".join(map(str, r["blocks"]))
-        lines.append(
-            f"| {r['model']} | {r['budget']} | {r['by']} | {blocks} | {1e3 * r['objective']:.3f} |"
-            f" {1e3 * r['heldout_kl']:.3f} | {r['heldout_perplexity']:.4f} |"
-            f" {r['heldout_rank']} of {r['choices']} | {r['evaluations']} | {r['seconds']:.1f} |"
-        )
+    ranked = all("rank" in row for row in rows)
+    head = ["model", "A16 blocks", "chosen by", "blocks", "KL, calibration text", "KL, held-out"]
+    head += ["perplexity, held-out", *(["rank held-out"] if ranked else []), "candidates", "seconds"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        blocks = ", ".join(map(str, row["blocks"]))
+        cells = [row["model"], row["budget"], row["by"], blocks, f"{1e3 * row['objective']:.3f}"]
+        cells += [f"{1e3 * row['heldout_kl']:.3f}", f"{row['heldout_perplexity']:.4f}"]
+        cells += [f"{row['rank']} of {row['choices']}"] if ranked else []
+        cells += [row["evaluations"], f"{row['seconds']:.1f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+def write(rows: list[dict[str, Any]], uniform: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     options = {k: v for k, v in vars(arguments).items() if k not in ("work", "out")}
     record = {
         "options": options,
@@ -219,6 +243,7 @@ def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         },
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "uniform": uniform,
         "rows": rows,
     }
     path = arguments.out or ROOT / "benchmarks" / "results" / f"mixed-precision-{arguments.device}.json"

@@ -134,6 +134,27 @@ def test_hybrid_blocks_become_overrides(tmp_path: Path) -> None:
     assert notes == []
 
 
+@pytest.mark.parametrize("hybrid", [True, False], ids=["hybrid", "plain"])
+@pytest.mark.parametrize(
+    ("embedding", "head"), [("float", "FP16"), ("int8", "W8A8"), ("int4", "W4A16"), ("float", "W4A8")]
+)
+def test_embedding_and_head_are_independent_of_the_blocks(
+    tmp_path: Path, embedding: str, head: str, hybrid: bool
+) -> None:
+    given = _hybrid(tmp_path, ["W4A16", "W8A8"]) if hybrid else QuantizeFlags(quantize_lm_head=True)
+    flags = dataclasses.replace(given, embedding_precision=embedding, head_precision=head)
+    for config in (MAMBA, MAMBA2):
+        recipe, _ = recipe_from_flags(flags, config)
+        assert (recipe.embedding, recipe.head.label) == (embedding, head)
+        assert recipe.name == ("w4ax" if hybrid else "w8a8")
+
+
+def test_one_of_the_two_leaves_the_other_as_it_is(tmp_path: Path) -> None:
+    flags = dataclasses.replace(_hybrid(tmp_path, ["W4A16", "W8A8"]), head_precision="W8A8")
+    recipe, _ = recipe_from_flags(flags, MAMBA2)
+    assert (recipe.embedding, recipe.head.label) == ("int4", "W8A8")
+
+
 @pytest.mark.parametrize("state", ["int8", "fp32"])
 def test_the_state_flag_reaches_every_hybrid_block(tmp_path: Path, state: str) -> None:
     flags = dataclasses.replace(_hybrid(tmp_path, ["W4A8", "W4A16"]), state_dtype=state)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 HYBRID_LABELS = ("W4A8", "W4A16", "W8A8", "FP16")
+EMBEDDING_PRECISIONS = ("int4", "int8", "float")
 STATE_DTYPES = ("int8", "fp16", "fp32")
 BACKENDS = ("auto", "reference", "triton", "cpu")
 #: One state for all that is random; the published scripts fix the same.
@@ -43,6 +44,8 @@ class QuantizeFlags:
     quantize_lm_head: bool = False
     hybrid_blocks: bool = False
     hybrid_blocks_config: str | None = None
+    embedding_precision: str | None = None
+    head_precision: str | None = None
     percentile_alpha: float | None = None
     state_dtype: str | None = None
     calib_data: str | None = None
@@ -60,7 +63,10 @@ class QuantizeFlags:
     @property
     def beyond_first_paper(self) -> bool:
         """Whether they ask for anything that only the second paper has."""
-        return self.group_heads or self.apply_gptq or self.quantize_embedding or self.quantize_lm_head
+        ends = self.embedding_precision is not None or self.head_precision is not None
+        return ends or (
+            self.group_heads or self.apply_gptq or self.quantize_embedding or self.quantize_lm_head
+        )
 
     @property
     def label(self) -> str:
@@ -85,6 +91,16 @@ def quantize_flags(function: _Function) -> _Function:
             "--hybrid_blocks_config",
             metavar="FILE",
             help='JSON list with the precision of every block, such as ["W4A8", "W4A16"].',
+        ),
+        click.option(
+            "--embedding_precision",
+            type=NearestChoice(EMBEDDING_PRECISIONS),
+            help="Of the embedding table, whatever the other flags say.",
+        ),
+        click.option(
+            "--head_precision",
+            type=NearestChoice(HYBRID_LABELS),
+            help="Of the final norm's output and the head, whatever the other flags say.",
         ),
         *calibration_options(),
         percentile_option(),
@@ -219,8 +235,8 @@ def recipe_from_flags(flags: QuantizeFlags, config: ModelConfig) -> tuple[Recipe
     """The recipe that the flags mean for a model of this config, and what the user should know of it.
 
     Mamba1 with 8-bit weights and activations and nothing else is the setting of the first paper, recipe
-    ``quamba1-w8a8``. With --hybrid_blocks, embedding and head are W4A8 whatever the other flags say, as
-    published.
+    ``quamba1-w8a8``. With --hybrid_blocks, embedding and head are W4A8 as published, unless
+    --embedding_precision and --head_precision say otherwise.
     """
     from quamba.recipes.recipe import HeadGroups, Precision, Recipe, Solver, load_recipe, precision
 
@@ -242,6 +258,8 @@ def recipe_from_flags(flags: QuantizeFlags, config: ModelConfig) -> tuple[Recipe
             paper = load_recipe("quamba1-w8a8")
             alpha = paper.percentile_alpha if flags.percentile_alpha is None else flags.percentile_alpha
             return with_state(paper.replace(percentile_alpha=alpha), flags.state_dtype), notes
+    embedding = flags.embedding_precision or embedding
+    head = head if flags.head_precision is None else _precision(flags.head_precision, None)
     groups = HeadGroups() if flags.group_heads else None
     if groups is not None and config.family != "mamba2":
         notes.append("--group_heads is ignored: only Mamba2 models have heads.")
