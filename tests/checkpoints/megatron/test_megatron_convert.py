@@ -113,8 +113,8 @@ def test_a_tied_head(tmp_path: Path, vocabulary: Path) -> None:
     assert read_float(tmp_path / "out").config.tie_embeddings
 
 
-def test_a_merged_checkpoint_may_still_name_its_ranks(tmp_path: Path, vocabulary: Path) -> None:
-    changes = {"tensor_model_parallel_size": 8}
+def test_a_merged_checkpoint_may_still_say_how_it_was_trained(tmp_path: Path, vocabulary: Path) -> None:
+    changes = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 4}
     checkpoint = write_checkpoint(tmp_path / "ckpt", CONFIG, tensors_of(CONFIG), 1, changes=changes)
     assert open_megatron(checkpoint, vocabulary).config == CONFIG
 

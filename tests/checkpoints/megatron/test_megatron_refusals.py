@@ -177,7 +177,10 @@ CHANGES: dict[str, tuple[Callable[[dict], object], str]] = {
     ),
     "epsilon": (lambda c: setattr(c["args"], "norm_epsilon", 1e-6), "norm_epsilon 1e-06, expected 1e-05."),
     "stages": (
-        lambda c: setattr(c["args"], "pipeline_model_parallel_size", 4),
+        lambda c: (
+            setattr(c["args"], "pipeline_model_parallel_size", 4),
+            c["model"].pop("decoder.final_norm.weight"),
+        ),
         "'{}' is one of 4 pipeline stages, expected a checkpoint saved with pipeline size 1.",
     ),
     "no model": (lambda c: c.pop("model"), "expected the 'model' of a Megatron checkpoint."),
