@@ -27,10 +27,12 @@ _INERT_CLASSES = frozenset(
         "pathlib.Path",
         "pathlib.PosixPath",
         "pathlib.PurePosixPath",
-        "signal.Signals",
+        "torch._C.Generator",
         "types.SimpleNamespace",
     }
 )
+#: Python writes a signal as its class and number, or as its name.
+_SIGNAL = re.compile(r"signal\.(Signals|SIG[A-Z0-9]+)")
 _ARGUMENTS = "argparse.Namespace"
 #: Of transformer_engine: how float8 was scaled in training, or nothing.
 _EXTRA_STATE = "_extra_state"
@@ -120,7 +122,7 @@ def _allowed(path: Path, names: list[str]) -> list[Any]:
     for name in sorted(names):
         if name == _ARGUMENTS:
             allowed.append((argparse.Namespace, name))
-        elif name.split(".")[0] in _INERT_PACKAGES or name in _INERT_CLASSES:
+        elif name.split(".")[0] in _INERT_PACKAGES or name in _INERT_CLASSES or _SIGNAL.fullmatch(name):
             allowed.append((Inert, name))
         else:
             raise _refused(path, name)
