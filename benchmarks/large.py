@@ -9,7 +9,7 @@ that of `--w_bits 4 --a_bits 8 --group_heads --apply_gptq --quantize_embedding -
 Each stage is a process of its own, whose peak memory is what the system counted for it: with the pages of
 files that were mapped (rss) and without (anonymous). A stage that does not end within --max_seconds is
 stopped; the same command goes on where it was, since results lie in DIR/work. The JSON that is printed also
-goes to DIR/large.json.
+goes to DIR/large.json. The stage "draw" makes a quantized model of random codes, to load without quantizing.
 """
 
 from __future__ import annotations
@@ -30,20 +30,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_models import fill
 from torch import Tensor
 
 from quamba import api
 from quamba.calibration.data import CalibrationSet, CalibrationSpec
+from quamba.checkpoints.quantized import write_quantized
 from quamba.checkpoints.tensors import open_tensors
 from quamba.checkpoints.upstream import config_to_state_spaces, expected_shapes, state_spaces_name
 from quamba.cli.flags import QuantizeFlags, recipe_from_flags
 from quamba.errors import QuambaError
-from quamba.models.config import Mamba2Config
+from quamba.models.config import Mamba2Config, ModelConfig
 from quamba.profiling.machine import hardware_name
 from quamba.quantization.memory import parse_size
 from quamba.quantization.work import WorkFolder
+from quamba.recipes.plan import resolve
+from quamba.recipes.recipe import Recipe
+from quamba.recipes.skeleton import skeleton
 
-STAGES = ("make", "quantize", "load", "generate")
+STAGES = ("make", "quantize", "draw", "load", "generate")
+_USUAL = ("make", "quantize", "load", "generate")
 PROMPT, NEW_TOKENS = 16, 16
 _POOL = 1 << 24
 
@@ -89,7 +95,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_gpu_memory", default=None, metavar="8G")
     parser.add_argument("--max_memory", default=None, metavar="12G")
     parser.add_argument("--max_seconds", type=float, default=math.inf, help="for all stages together")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=_USUAL)
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)  # inside of a stage's process
     options = parser.parse_args(argv)
@@ -257,19 +263,7 @@ def quantize(options: argparse.Namespace) -> dict[str, Any]:
     if (_quantized(options) / "config.json").is_file():
         return {"quantized": "is there already"}
     model = api.open_float(folder)
-    flags = QuantizeFlags(
-        quantize=True,
-        w_bits=4,
-        a_bits=8,
-        group_heads=True,
-        apply_gptq=True,
-        quantize_embedding=True,
-        quantize_lm_head=True,
-    )
-    recipe, _ = recipe_from_flags(flags, model.config)
-    if options.refinements is not None:
-        solver = dataclasses.replace(recipe.solver, refinements=options.refinements)
-        recipe = recipe.replace(solver=solver)
+    recipe = _recipe(options, model.config)
     work = WorkFolder(options.folder / "work")
     progress = _Lines()
     small, report = api.quantize(
@@ -300,6 +294,22 @@ def quantize(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def _recipe(options: argparse.Namespace, config: ModelConfig) -> Recipe:
+    flags = QuantizeFlags(
+        quantize=True,
+        w_bits=4,
+        a_bits=8,
+        group_heads=True,
+        apply_gptq=True,
+        quantize_embedding=True,
+        quantize_lm_head=True,
+    )
+    recipe, _ = recipe_from_flags(flags, config)
+    if options.refinements is None:
+        return recipe
+    return recipe.replace(solver=dataclasses.replace(recipe.solver, refinements=options.refinements))
+
+
 class _Lines:
     """A line on stderr whenever a stage begins, and every ten seconds in it."""
 
@@ -321,6 +331,17 @@ class _Lines:
             file=sys.stderr,
             flush=True,
         )
+
+
+def draw(options: argparse.Namespace) -> dict[str, Any]:
+    """A quantized model whose codes and scales are random."""
+    if (_quantized(options) / "config.json").is_file():
+        return {"made": False}
+    config = model_config(options.layers, options.d_model, options.vocab)
+    network = fill(skeleton(resolve(_recipe(options, config), config)))
+    plan = resolve(_recipe(options, config), config)
+    write_quantized(_quantized(options), network, plan, source="random", report=None, tokenizer=None)
+    return {"made": True}
 
 
 def load(options: argparse.Namespace) -> dict[str, Any]:
@@ -368,7 +389,7 @@ def _size(text: str | None) -> int | None:
     return None if text is None else parse_size(text)
 
 
-STAGE_FUNCTIONS = {"make": make, "quantize": quantize, "load": load, "generate": generate}
+STAGE_FUNCTIONS = {"make": make, "quantize": quantize, "draw": draw, "load": load, "generate": generate}
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

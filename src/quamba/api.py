@@ -19,6 +19,7 @@ from quamba.checkpoints.source import read_json
 from quamba.checkpoints.source import resolve as resolve_source
 from quamba.checkpoints.stored import StoredModel, read_stored, stored_format
 from quamba.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from quamba.checkpoints.transfer import to_device
 from quamba.checkpoints.upstream import write_state_spaces
 from quamba.checkpoints.zoo.write import write_zoo
 from quamba.errors import QuambaError, nearest
@@ -186,7 +187,8 @@ def load(
         checkpoint = read_float(folder)
         network = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors)
         model = Model(network, None, str(path_or_id))
-    model.network.set_compute_dtype(dtype or usual).to(target).use_kernels(kernels)
+    to_device(model.network.set_compute_dtype(dtype or usual), target)
+    model.network.use_kernels(kernels)
     _add_tokenizer(model, folder, str(path_or_id))
     return model
 

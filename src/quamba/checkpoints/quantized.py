@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -120,13 +122,41 @@ def write_quantized(
     if faults:
         raise QuambaError(f"The network's tensors do not fit its plan: {'; '.join(faults)}.")
     fields = _config_fields(plan, dtype, tokenizer, source, report)
-    with written_beside(folder, overwrite=overwrite) as new:
+    check_space(folder, tensors)
+    with _full_disk_said(folder), written_beside(folder, overwrite=overwrite) as new:
         write_tensors(new, tensors, max_shard_bytes=max_shard_bytes)
         for file in tokenizer.files if tokenizer is not None else ():
             shutil.copyfile(file, new / file.name)
         if report is not None:
             _write_json(new / REPORT_FILE, report.to_dict())
         _write_json(new / CONFIG_FILE, fields)
+
+
+def check_space(folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a folder whose disk has no room for these tensors, which may be on the meta device.
+
+    A model that is replaced is there until the new one is complete, so its bytes do not count.
+    """
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise QuambaError(
+            f"The model takes {needed / 2**20:,.0f} MiB, and the disk of '{folder}' has"
+            f" {free / 2**20:,.0f} MiB free; make room or give another folder."
+        )
+
+
+@contextmanager
+def _full_disk_said(folder: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise QuambaError(f"The disk of '{folder}' is full; nothing of the model was left there.") from error
 
 
 def read_quantized(folder: str | Path) -> StoredModel:
