@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -169,3 +170,47 @@ def test_models_with_int8_parameters_are_wide_where_they_compute_in_float64() ->
     leaf.compute_dtype = torch.float64
     assert (leaf.wide, leaf.real_parameters()[0].dtype) == (torch.float64, torch.float64)
     assert leaf.new_state(1, "cpu").dtype == torch.float64
+
+
+def changed_in_place(leaf: Recurrence) -> None:
+    leaf.A_log.add_(1.0)  # type: ignore[union-attr]
+
+
+def replaced(leaf: Recurrence) -> None:
+    leaf.A_log = torch.nn.Parameter(torch.full((4,), 0.5), requires_grad=False)
+
+
+def made_integers(leaf: Recurrence) -> None:
+    set_parameter(leaf, "A_log", QuantizedParameter.from_float(torch.linspace(-1, 1, 4)))
+
+
+def given_other_data(leaf: Recurrence) -> None:
+    leaf.A_log.data = torch.full((4,), 0.25)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("change", [changed_in_place, replaced, made_integers, given_other_data])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+def test_real_parameters_are_kept_until_one_changes(change: Any, mode: Any) -> None:
+    leaf = ssd()
+    for name in ("A_log", "D", "dt_bias"):
+        setattr(leaf, name, torch.nn.Parameter(torch.randn(4), requires_grad=False))
+    with mode():
+        first = leaf.real_parameters()
+        assert all(a is b for a, b in zip(leaf.real_parameters(), first, strict=True))
+        assert not first[0].is_inference()
+    with torch.no_grad():
+        change(leaf)
+    fresh = copy.deepcopy(leaf)
+    assert fresh._real is None
+    found = leaf.real_parameters()
+    assert found[0] is not first[0]
+    for a, b in zip(found, fresh.real_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_real_parameters_with_gradients_are_not_kept() -> None:
+    leaf = ssd()
+    for name in ("A_log", "D", "dt_bias"):
+        setattr(leaf, name, torch.nn.Parameter(torch.randn(4), requires_grad=False))
+    leaf.D.requires_grad_()  # type: ignore[union-attr]
+    assert leaf.real_parameters()[0] is not leaf.real_parameters()[0]

@@ -35,7 +35,7 @@ _COMPILING = 0.5
     "--ops",
     metavar="A,B,C",
     help="What to tune: linear.words, linear.tiles, decode.project, decode.mix, decode.ssd_gate,"
-    " decode.scan_gate, or linear, decode. Default: all.",
+    " decode.scan_gate, ssd_step.launch, or linear, decode, ssd_step. Default: all.",
 )
 @click.option(
     "--rows",

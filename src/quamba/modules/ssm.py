@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,42 @@ from quamba.formats.activation import Activation, Quantized, shape_of
 from quamba.formats.parameter import Parameter, QuantizedParameter, as_tensor
 from quamba.kernels.reference.state import spread_scale, write_state
 from quamba.modules.leaf import Leaf, parameter_or_empty
+
+
+@dataclass(frozen=True)
+class _RealParameters:
+    """What was computed from parameters, and of which. Aliases keep their memory, so that an address that is
+    theirs still is nobody else's."""
+
+    values: tuple[Tensor, Tensor, Tensor]
+    aliases: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parameters: list[Tensor], values: tuple[Tensor, Tensor, Tensor]) -> _RealParameters | None:
+        """None where changes could not be seen, or where the values are not there yet: in a capture."""
+        seen = all(not t.is_inference() and not t.requires_grad for t in parameters)
+        if not seen or (parameters[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        return cls(values, tuple(t.detach() for t in parameters), tuple(t._version for t in parameters))
+
+    def is_of(self, parameters: list[Tensor], wide: torch.dtype) -> bool:
+        same = self.values[0].dtype == wide and len(parameters) == len(self.aliases)
+        return same and all(
+            t.device == alias.device
+            and t.dtype == alias.dtype
+            and t.data_ptr() == alias.data_ptr()
+            and t._version == version
+            for t, alias, version in zip(parameters, self.aliases, self.versions, strict=True)
+        )
+
+    def __reduce__(self) -> Any:
+        """Copies of a leaf have parameters of their own, and begin with nothing kept."""
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
 
 
 class Recurrence(Leaf):
@@ -40,6 +77,7 @@ class Recurrence(Leaf):
         self.register_buffer("state_scale", None)
         self.register_buffer("state_group", None)
         self.state_dtype = torch.float32
+        self._real: _RealParameters | None = None
 
     def new_state(self, batch: int, device: torch.device | str, *, working: bool = False) -> Tensor:
         dtype = self.wide if working else self._stored_dtype
@@ -77,9 +115,24 @@ class Recurrence(Leaf):
         return torch.float64 if dtype == torch.float64 else torch.float32
 
     def real_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A = -exp(A_log), D and dt_bias as floats."""
-        A_log, D, dt_bias = (as_tensor(p, self.wide) for p in (self.A_log, self.D, self.dt_bias))
-        return -torch.exp(A_log), D, dt_bias
+        """A = -exp(A_log), D and dt_bias as floats.
+
+        They are kept until a parameter changes: on a GPU, two launches a layer are a tenth of a step.
+        """
+        parameters = self._parameters_now()
+        if self._real is not None and self._real.is_of(parameters, self.wide):
+            return self._real.values
+        with torch.inference_mode(False):  # what is kept may be needed in a backward pass later
+            A_log, D, dt_bias = (as_tensor(p, self.wide) for p in (self.A_log, self.D, self.dt_bias))
+            values = -torch.exp(A_log), D, dt_bias
+        self._real = _RealParameters.of(parameters, values)
+        return values
+
+    def _parameters_now(self) -> list[Tensor]:
+        parameters = (self.A_log, self.D, self.dt_bias)
+        integers = [p for p in parameters if isinstance(p, QuantizedParameter)]
+        floats = [p for p in parameters if isinstance(p, Tensor)]
+        return [*floats, *(t for p in integers for t in (p.data, p.scale))]
 
     def carried(self, state: Tensor | None) -> dict[str, Any]:
         """What the kernels are told of the state and of their output."""

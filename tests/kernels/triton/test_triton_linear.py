@@ -10,7 +10,7 @@ from quamba.formats.activation import Quantized
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.reference import linear as reference
 from quamba.kernels.triton import linear as module
-from quamba.kernels.triton.linear import FEW_ROWS, linear
+from quamba.kernels.triton.linear import FEW_ROWS, _rows, linear
 from quamba.kernels.triton.unpack import unpack
 
 FORMATS = {
@@ -215,3 +215,21 @@ def test_strided_codes(device: str) -> None:
     codes = torch.randint(-128, 128, (3, 512), dtype=torch.int8, device=device)[:, ::2]
     x = Quantized(codes, torch.tensor(0.5, device=device))
     torch.testing.assert_close(linear(x, weight), reference.linear(x, weight))
+
+
+@pytest.mark.parametrize("tokens", [1, FEW_ROWS + 2, 260])
+@pytest.mark.parametrize("first", [0, 16, 8], ids=["first", "aligned", "unaligned"])
+@pytest.mark.parametrize("format", ["int4-group", "int8-channel"])
+def test_part_of_wider_rows(format: str, first: int, tokens: int, device: str) -> None:
+    """As dt_proj reads what x_proj gives; rows that tiles can read are not copied."""
+    weight = random_weight(FORMATS[format], 24, 256, device)
+    wide = torch.randint(-128, 128, (tokens, 304), dtype=torch.int8, device=device)
+    x = Quantized(wide[:, first : first + 256], torch.tensor(0.5, device=device))
+    kept = first % 16 == 0 and (tokens > FEW_ROWS or tokens == 1)
+    assert (_rows(x.codes).data_ptr() == x.codes.data_ptr()) == kept
+    torch.testing.assert_close(linear(x, weight), reference.linear(x, weight))
+    halves = x.codes.half() / 64
+    wide_halves = torch.zeros(tokens, 304, dtype=torch.float16, device=device)
+    wide_halves[:, first : first + 256] = halves
+    strided = wide_halves[:, first : first + 256]
+    assert torch.equal(linear(strided, weight), linear(halves, weight))

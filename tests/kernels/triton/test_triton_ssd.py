@@ -237,6 +237,29 @@ def test_state_groups(device: torch.device, columns: int) -> None:
     assert torch.equal(state, spread)
 
 
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
+def test_step_of_several_sequences_a_program(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int
+) -> None:
+    """Programs of several sequences, the last of which has fewer, give what programs of one give."""
+    args = first_token(random_args(device, 5, 1))
+    states = [random_state(device, 5).to(dtype)] * 2
+    options: dict[str, Any] = {}
+    if dtype == torch.int8:
+        states = [random_codes(5, HEADS, HEADDIM, D_STATE).to(device)] * 2
+        options["state_scale"] = (torch.rand(3, D_STATE) * 0.02 + 0.01).to(device)
+        options["state_group"] = torch.randint(0, 3, (HEADS * HEADDIM,), dtype=torch.int32).to(device)
+    states = [state.clone() for state in states]
+    ys = []
+    for each, state in zip((1, rows), states, strict=True):
+        launch = StepLaunch(channels=8, rows=each, stages=each, num_warps=1)
+        monkeypatch.setattr(module, "step_launch", lambda *sizes, launch=launch: launch)
+        ys.append(ssd_step(**args, state=state, **options))
+    assert torch.equal(ys[0], ys[1]) and torch.equal(states[0], states[1])
+    assert not torch.equal(states[0][-1], states[0][-2])
+
+
 @pytest.mark.parametrize("step", [False, True])
 def test_float16_state_saturates(device: torch.device, step: bool) -> None:
     args = random_args(device, 1, 1)
@@ -432,4 +455,7 @@ def test_launches_fill_the_gpu(monkeypatch: pytest.MonkeyPatch, batch: int, nhea
     step = module.step_launch(batch, nheads, 64, 128)
     assert isinstance(step, StepLaunch)
     assert batch * nheads * 64 // step.channels >= 132
+    codes = module.step_launch(batch, nheads, 64, 128, codes=True)
+    assert step.rows == 1 <= codes.rows <= batch
+    assert codes.rows == 1 or batch * nheads * 64 // (codes.channels * codes.rows) >= 8 * 132
     assert step.channels * 128 <= 4096

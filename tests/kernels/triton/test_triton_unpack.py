@@ -39,11 +39,12 @@ def random_weight(format: WeightFormat, features: int, inputs: int) -> Quantized
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inputs", [384, 1536], ids=["in-a-tile", "several-tiles"])
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
-def test_every_bit(format: WeightFormat, dtype: torch.dtype, device: torch.device) -> None:
-    weight = random_weight(format, 29, 384).to(device)
+def test_every_bit(format: WeightFormat, inputs: int, dtype: torch.dtype, device: torch.device) -> None:
+    weight = random_weight(format, 29, inputs).to(device)
     expected = weight.integers()[0] if dtype == torch.int8 else weight.dequantize(dtype)
     found = unpack(weight, dtype)
     assert found.dtype == dtype and torch.equal(found, expected)
     assert torch.equal(unpack(weight, dtype, 7, 20), expected[7:20])
-    assert unpack(weight, dtype, 7, 7).shape == (0, 384)
+    assert unpack(weight, dtype, 7, 7).shape == (0, inputs)

@@ -1,8 +1,8 @@
 """Programmatic dependent launch: a kernel starts while the one before it still runs.
 
 ``wait_for_inputs`` returns when all kernels before it are done and their writes can be seen. What a kernel
-reads before that must be written by no kernel that may still run: tensors of the model, but not what is
-computed from them on every call, as A = -exp(A_log). What it writes must wait, too.
+reads before that must be written by no kernel that may still run: tensors of the model, but not what was
+computed from them, as A = -exp(A_log). What it writes must wait, too.
 Every program of a kernel that is launched so must wait, whatever it does: the kernels after it take its end
 for the end of all before it.
 
@@ -13,8 +13,8 @@ with an ordinary launch waits for the end of the one before.
 
 The kernels of a fused step (``decode/``) read more early: states of their own layer. A step must begin with
 an ordinary launch (the copy of the embeddings), which keeps two steps apart. Kernels of single ops may follow
-each other in any order and number, so they read states after they have waited; to fetch into a cache what is
-large (``ask_ahead``) is safe before.
+each other in any order and number, so they read states after they have waited. To fetch states and weights
+into the L2 cache before that made steps of batches slower, not faster (docs/notes/gpu-kernels.md).
 """
 
 from __future__ import annotations
@@ -37,35 +37,6 @@ def let_next_start(EARLY: tl.constexpr) -> None:
 def wait_for_inputs(EARLY: tl.constexpr) -> None:
     if EARLY:
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def ask_ahead(
-    rows: tl.tensor, first: tl.tensor, LENGTH: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr
-) -> None:
-    """Fetch so many lines of 128 bytes of some rows into the L2 cache, and do not wait; for use before
-    ``wait_for_inputs``, also where that must not read: later loads give what has been written by then.
-
-    rows    pointers to the first of LENGTH elements of each row
-    first   the element where the first line begins
-    """
-    if EARLY and LINES > 0:
-        _prefetch(rows, first, LENGTH, LINES)
-
-
-@triton.jit
-def _prefetch(rows: tl.tensor, first: tl.tensor, LENGTH: tl.constexpr, LINES: tl.constexpr) -> None:
-    BYTES: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
-    line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
-    at = rows[:, None] + tl.minimum(first + line * (128 // BYTES), LENGTH - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [at.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 #: Arguments of a kernel that does not start early.

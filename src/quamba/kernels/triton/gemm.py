@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quamba.kernels.triton.dependency import ask_ahead, dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.launches import launch_choice, row_bucket
 from quamba.kernels.triton.planes import weight_planes, x_planes
 from quamba.kernels.triton.recurrence import PROCESSORS
@@ -27,10 +27,6 @@ from quamba.kernels.triton.words import NATIVE, round_code
 _FLOAT_BITS = tl.constexpr(0x4B400000)
 #: Rows from which the planes of x are made once, before the product, rather than by every tile.
 _PLANAR_ROWS = 256
-#: Rows up to which weights are fetched into the L2 cache while the kernel before still runs, and bytes of
-#: weights up to which they are: with more rows there is less to wait for, and the cache has other uses.
-_AHEAD_ROWS = 64
-_MOST_AHEAD = 32 << 20
 
 #: What is scaled: the sum of a row, sums of groups, or codes before the sum ("levels").
 Scales = Literal["row", "group", "levels"]
@@ -172,7 +168,9 @@ def _sliced(width: int) -> list[TileLaunch]:
 def _shared_out(width: int, product: Product) -> list[TileLaunch]:
     """By programs, as far as there are too few of them, but not so many that their sums take the time."""
     found = []
-    shapes = [(32, 2, 5), (64, 4, 4), (64, 4, 6)] if width == 16 else [(64, 4, 4), (128, 8, 4), (128, 4, 4)]
+    shapes = [(32, 2, 5), (64, 4, 4), (64, 4, 6), (64, 2, 4)]
+    if width > 16:
+        shapes = [(32, 2, 4), (32, 4, 4), (64, 2, 4), (64, 4, 4), (128, 4, 3), (128, 8, 3)]
     for rows, warps, stages in shapes:
         tiles = triton.cdiv(product.features, rows)
         for splits in (1, 2, 3, 4, 8):
@@ -205,9 +203,9 @@ def tile_launch(product: Product) -> TileLaunch:
 def _few_rows(features: int, inputs: int) -> TileLaunch:
     """Up to 16: bytes of the weight in flight are what counts; the sums of few tiles are shared out."""
     tiles = triton.cdiv(features, 64)
-    if 100 <= tiles < 330:
+    if tiles < 16 or 200 <= tiles < 330:
         return TileLaunch(32, 16, slices=4, stages=3)
-    return TileLaunch(64, 16, splits=_splits(330 // tiles, 8, inputs))
+    return TileLaunch(64, 16, splits=_splits(330 // tiles, 8, inputs), warps=2)
 
 
 def _some_rows(product: Product) -> TileLaunch:
@@ -217,8 +215,10 @@ def _some_rows(product: Product) -> TileLaunch:
     if product.half or (bits == 4 and tiles >= 330):
         splits = _splits(triton.cdiv(330, triton.cdiv(features, 128)), 4, inputs)
         return TileLaunch(128, width, splits=splits, warps=8)
+    if bits == 4 and tiles * _splits(500 // tiles, 8, inputs) < PROCESSORS:
+        return TileLaunch(32, width, splits=_splits(250 // tiles, 8, inputs))
     if bits == 4:
-        return TileLaunch(64, width, splits=_splits(500 // tiles, 8, inputs))
+        return TileLaunch(64, width, splits=_splits(500 // tiles, 8, inputs), warps=2)
     return TileLaunch(64, width, splits=_splits(200 // tiles, 4, inputs))
 
 
@@ -239,7 +239,10 @@ def fits(operand: Operand, is_float: bool) -> bool:
 
 
 def multiply(rows: Tensor, operand: Operand, target: Target, launch: TileLaunch | None = None) -> None:
-    """Fill ``target.out`` from rows (tokens, inputs), int8 or float16, contiguous. ``fits`` must hold."""
+    """Fill ``target.out`` from rows (tokens, inputs), int8 or float16. ``fits`` must hold.
+
+    The elements of a row are next to each other, and rows begin at multiples of eight bytes.
+    """
     tokens, inputs = rows.shape
     features, groups = operand.data.shape[0], operand.groups
     is_float = rows.dtype == torch.float16
@@ -272,14 +275,17 @@ def multiply(rows: Tensor, operand: Operand, target: Target, launch: TileLaunch 
         "CHANNEL_OUT_SCALE": target.out_scale is not None and target.out_scale.ndim == 1,
         "FACTOR": 0.0625 if operand.bits == 4 and operand.levels is None and not is_float else 1.0,
     }
+    if planar:
+        rows = in_planes(rows)
     arguments = {
-        "x": in_planes(rows) if planar else rows,
+        "x": rows,
         "w": operand.data,
         "group_scale": group_scale if group_scale is not None else operand.levels,
         "row_scale": row_scale,
         "out": sums,
         "out_stride": sums.stride(-2),
         "steps": per_split,
+        "X_PITCH": rows.stride(0) // (1 if planar else planes),
         "INPUTS": inputs,
         "GROUPS": groups,
         "BITS": operand.bits,
@@ -295,8 +301,6 @@ def multiply(rows: Tensor, operand: Operand, target: Target, launch: TileLaunch 
         **dependent_launch(rows.device),
     }
     tiles = triton.cdiv(features, launch.features) * triton.cdiv(tokens, launch.tokens)
-    ahead = tokens <= _AHEAD_ROWS and operand.data.nbytes <= _MOST_AHEAD
-    arguments["AHEAD"] = triton.cdiv(operand.data.shape[1], 128 * splits) if ahead else 0
     if launch.slices > 1:
         _slices[(tiles,)](**arguments, **shared, SLICES=launch.slices)
         return
@@ -311,9 +315,11 @@ def multiply(rows: Tensor, operand: Operand, target: Target, launch: TileLaunch 
 def in_planes(rows: Tensor) -> Tensor:
     """The even inputs of every row of int8, then the odd ones."""
     tokens, inputs = rows.shape
-    out = torch.empty_like(rows)
+    out = torch.empty(tokens, inputs, dtype=rows.dtype, device=rows.device)
     count = tokens * inputs // 2
-    _split_pairs[(triton.cdiv(count, 4096),)](rows, out, count, HALF=inputs // 2, BLOCK=4096, num_warps=8)
+    _split_pairs[(triton.cdiv(count, 4096),)](
+        rows, out, count, PITCH=rows.stride(0) // 2, HALF=inputs // 2, BLOCK=4096, num_warps=8
+    )
     return out
 
 
@@ -391,16 +397,16 @@ def _elements(w, x, FLOAT: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexp
 @triton.jit
 def _tiles(
     x, w, group_scale, row_scale, x_scale, bias, out_scale, out, out_stride, tokens, features, steps,
-    INPUTS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, TWO_LEVEL: tl.constexpr,
-    ONE_ROW_SCALE: tl.constexpr, CHANNEL_OUT_SCALE: tl.constexpr, FACTOR: tl.constexpr, FLOAT: tl.constexpr,
-    PLANES: tl.constexpr, PLANAR: tl.constexpr, FEATURES: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr, ORDER: tl.constexpr, AHEAD: tl.constexpr,
-    EARLY: tl.constexpr,
+    X_PITCH: tl.constexpr, INPUTS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    TWO_LEVEL: tl.constexpr, ONE_ROW_SCALE: tl.constexpr, CHANNEL_OUT_SCALE: tl.constexpr,
+    FACTOR: tl.constexpr, FLOAT: tl.constexpr, PLANES: tl.constexpr, PLANAR: tl.constexpr,
+    FEATURES: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    SPLIT: tl.constexpr, ORDER: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of out, or with SPLIT its sums over ``steps`` steps. A step is BLOCK elements of a group.
 
-    PLANAR  x holds the even inputs of a row, then the odd ones
-    AHEAD   lines of 128 bytes of a row that are fetched before the wait
+    X_PITCH  elements from a row of x to the next
+    PLANAR   x holds the even inputs of a row, then the odd ones
     """
     let_next_start(EARLY)
     PITCH: tl.constexpr = INPUTS // PLANES
@@ -420,12 +426,10 @@ def _tiles(
     k = tl.arange(0, BLOCK)
     w, x = _elements(w, x, FLOAT, BITS, PLANES, PLANAR)
     w_at = w + n0.to(tl.int64) * PITCH + (n_read[:, None] * PITCH + k[None, :])
-    x_pitch: tl.constexpr = INPUTS if PLANAR else PITCH
-    x_at = x + m0.to(tl.int64) * x_pitch + (m_read[:, None] * x_pitch + k[None, :])
+    x_at = x + m0.to(tl.int64) * X_PITCH + (m_read[:, None] * X_PITCH + k[None, :])
     total = tl.zeros([FEATURES, TOKENS], tl.float32 if FLOAT or GROUPED else tl.int32)
     start = tl.program_id(1) * steps
     stop = tl.minimum(start + steps, GROUPS * PARTS)
-    ask_ahead(w + (n0.to(tl.int64) * PITCH + n_read * PITCH), start // PARTS * GROUP, PITCH, AHEAD, EARLY)
     wait_for_inputs(EARLY)  # weights, too, may have been made just before
     scale_at = group_scale
     if group_scale is not None:
@@ -469,10 +473,10 @@ def _tiles(
 @triton.jit
 def _slices(
     x, w, group_scale, row_scale, x_scale, bias, out_scale, out, out_stride, tokens, features, steps,
-    INPUTS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, TWO_LEVEL: tl.constexpr,
-    ONE_ROW_SCALE: tl.constexpr, CHANNEL_OUT_SCALE: tl.constexpr, FACTOR: tl.constexpr, FLOAT: tl.constexpr,
-    PLANES: tl.constexpr, FEATURES: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr, AHEAD: tl.constexpr,
+    X_PITCH: tl.constexpr, INPUTS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    TWO_LEVEL: tl.constexpr, ONE_ROW_SCALE: tl.constexpr, CHANNEL_OUT_SCALE: tl.constexpr,
+    FACTOR: tl.constexpr, FLOAT: tl.constexpr, PLANES: tl.constexpr, FEATURES: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """As ``_tiles``, each step a batch of SLICES steps, which warps multiply side by side."""
@@ -488,9 +492,8 @@ def _slices(
     n_read, m_read = tl.minimum(n, features - n0 - 1), tl.minimum(m, tokens - m0 - 1)
     w, x = _elements(w, x, FLOAT, BITS, PLANES, False)
     w_at = w + n0.to(tl.int64) * PITCH + (n_read[None, :, None] * PITCH + k[None, None, :])
-    x_at = x + m0.to(tl.int64) * PITCH + (m_read[None, :, None] * PITCH + k[None, None, :])
+    x_at = x + m0.to(tl.int64) * X_PITCH + (m_read[None, :, None] * X_PITCH + k[None, None, :])
     total = tl.zeros([SLICES, FEATURES, TOKENS], tl.float32 if FLOAT or GROUPED else tl.int32)
-    ask_ahead(w + (n0.to(tl.int64) * PITCH + n_read * PITCH), 0, PITCH, AHEAD, EARLY)
     wait_for_inputs(EARLY)  # weights, too, may have been made just before
     scale_at = group_scale
     if group_scale is not None:
@@ -550,9 +553,11 @@ def _add_splits(
 
 
 @triton.jit
-def _split_pairs(x, out, count, HALF: tl.constexpr, BLOCK: tl.constexpr):
+def _split_pairs(x, out, count, PITCH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """PITCH and HALF: pairs between rows and of a row."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    pair = tl.load(x.to(tl.pointer_type(tl.int16), bitcast=True) + j, mask=j < count, other=0)
+    pairs = x.to(tl.pointer_type(tl.int16), bitcast=True)
+    pair = tl.load(pairs + (j if PITCH == HALF else j // HALF * PITCH + j % HALF), mask=j < count, other=0)
     even, odd = x_planes(pair, False, 2)
     at = out + j // HALF * (2 * HALF) + j % HALF
     tl.store(at, even, mask=j < count)

@@ -91,7 +91,7 @@ def linear(
     if isinstance(x, Quantized) and not input_scale_folded and x.scale.ndim:
         raise ValueError("a per-channel input scale must be folded into the weight's columns")
     x_scale = x.scale if isinstance(x, Quantized) and not input_scale_folded else None
-    rows = values.reshape(-1, values.shape[-1]).contiguous()
+    rows = _rows(values)
     dtype = out_dtype if out_scale is None else torch.int8
     out = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=rows.device)
     target = Target(out, x_scale, bias, out_scale)
@@ -104,6 +104,17 @@ def linear(
     else:
         _multiply_floats(rows, weight, target)
     return out.view(*values.shape[:-1], weight.shape[0])
+
+
+def _rows(values: Tensor) -> Tensor:
+    """(tokens, inputs), a row's elements next to each other; not copied where tiles can read it as it is."""
+    rows = values.reshape(-1, values.shape[-1])
+    pitch = rows.stride(0) * rows.element_size() if rows.numel() else 0
+    readable = rows.shape[0] > FEW_ROWS and rows.stride(1) == 1 and pitch % 16 == rows.data_ptr() % 16 == 0
+    if readable:
+        return rows
+    copied = rows.contiguous()
+    return copied if copied.data_ptr() % 16 == 0 else copied.clone()
 
 
 def _multiply_codes(rows: Tensor, weight: QuantizedWeight, target: Target) -> None:

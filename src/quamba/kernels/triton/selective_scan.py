@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.activation import Activation
-from quamba.kernels.triton.dependency import ask_ahead, dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.quantize import silu
 from quamba.kernels.triton.recurrence import (
@@ -42,16 +42,20 @@ class ScanLaunch:
 
 @launch_choice("selective_scan.launch")
 def scan_launch(batch: int, length: int, d_inner: int) -> ScanLaunch:
-    """A warp for eight channels, and twice as many where that leaves processors idle.
+    """From timings on an H200: 16 channels a warp where a multiprocessor gets 16 such warps, or as many
+    segments as make them so many; 8 channels where the work is in between.
 
-    Segments cost a second pass over most of the work: three or more of them win, where fewer programs would
-    leave processors idle.
+    Segments cost a second pass over most of the work, and pay where few programs leave processors idle.
     """
-    warps = batch * triton.cdiv(d_inner, 8)
-    segments = min(8 * PROCESSORS // max(1, warps), 32, length // 32)
-    tokens = 16 if warps < 8 * PROCESSORS else 8
-    segments = segments if segments >= 3 else 1
-    return ScanLaunch(channels=8, lanes=4, tokens=tokens, segments=segments, num_warps=1)
+    warps = batch * triton.cdiv(d_inner, 16)
+    if warps >= 16 * PROCESSORS:
+        return ScanLaunch(channels=16, lanes=2, tokens=8, segments=1, num_warps=1)
+    segments = min(20 * PROCESSORS // max(1, warps), 16, length // 64)
+    if segments >= 4:
+        return ScanLaunch(channels=16, lanes=2, tokens=8, segments=segments, num_warps=1)
+    return ScanLaunch(
+        channels=8, lanes=4, tokens=8 if warps >= 4 * PROCESSORS else 16, segments=1, num_warps=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +127,7 @@ def _step_kernel(
     inside = d_in[:, None] & n_in[None, :]
     at = d[:, None] * N + n[None, :]
     begin = tl.program_id(1) * ROWS
-    LINES: tl.constexpr = (N * state.dtype.element_ty.primitive_bitwidth // 8 + 127) // 128
-    for i in tl.static_range(ROWS):
-        last = tl.minimum(begin + i, batch - 1).to(tl.int64)
-        ask_ahead(state + last * state_b + tl.minimum(d, channels - 1) * N, 0, N, LINES, EARLY)
-    wait_for_inputs(EARLY)  # A, too, has been computed just before
+    wait_for_inputs(EARLY)
     A_dn = tl.load(A + at, mask=inside, other=0).to(tl.float32) * LOG2E
     bias = tl.zeros((BLOCK_D,), tl.float32)
     if dt_bias is not None:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.activation import Activation
-from quamba.kernels.triton.dependency import ask_ahead, dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.recurrence import (
     LOG2E,
@@ -20,9 +20,9 @@ from quamba.kernels.triton.recurrence import (
     check_parameters,
     limited_softplus,
     operand,
-    read_scalar,
+    read_scale,
+    read_scales,
     read_state_scale,
-    read_vector,
     state_arguments,
     write_state,
 )
@@ -32,20 +32,48 @@ from quamba.kernels.triton.ssd_chunks import Precision, scan_chunks, scan_launch
 @dataclass(frozen=True, kw_only=True)
 class StepLaunch:
     channels: int  # of a head, per program
+    rows: int  # sequences per program, which share one read of the scales
+    stages: int  # states of so many sequences are under way; 1: each is asked for when it is needed
     num_warps: int
 
 
-@launch_choice("ssd_step.launch")
-def step_launch(batch: int, nheads: int, headdim: int, d_state: int) -> StepLaunch:
-    """Small parts of heads while the GPU is not full, then 4096 elements of the state a program."""
+def step_candidates(batch: int, nheads: int, headdim: int, d_state: int, codes: bool) -> list[StepLaunch]:
+    """16 to 64 elements of the state a thread."""
+    width, most = triton.next_power_of_2(d_state), triton.next_power_of_2(headdim)
+    shapes = [(channels, warps) for channels in (8, 16, 32, 64) for warps in (1, 2, 4, 8) if channels <= most]
+    shapes = [(channels, warps) for channels, warps in shapes if 16 <= channels * width // (32 * warps) <= 64]
+    shared = [(rows, stages) for rows in (2, 4, 8, 16) for stages in (1, 3, 4) if 4 * rows <= batch]
+    return [
+        StepLaunch(channels=channels, rows=rows, stages=stages, num_warps=warps)
+        for channels, warps in shapes
+        for rows, stages in ([(1, 1), *shared] if codes else [(1, 1), (2, 1)])
+    ]
+
+
+@launch_choice("ssd_step.launch", candidates=step_candidates)
+def step_launch(batch: int, nheads: int, headdim: int, d_state: int, codes: bool = False) -> StepLaunch:
+    """Small parts of heads while the GPU is not full, then 4096 elements of the state a program.
+
+    codes  the state is int8: its scales take four times its bytes, so as many sequences share them as leave
+           the GPU full
+    """
     widest = max(1, min(triton.next_power_of_2(headdim), 4096 // triton.next_power_of_2(d_state)))
     channels = widest
     while channels > 8 and batch * nheads * triton.cdiv(headdim, channels) < 4 * PROCESSORS:
         channels //= 2
-    return StepLaunch(channels=channels, num_warps=4 if channels * d_state > 1024 else 2)
+    programs = batch * nheads * triton.cdiv(headdim, channels)
+    rows = 8
+    while rows > 1 and (not codes or rows > batch or programs < 8 * PROCESSORS * rows):
+        rows //= 2
+    return StepLaunch(
+        channels=channels,
+        rows=rows,
+        stages=3 if rows > 1 else 1,
+        num_warps=4 if channels * d_state > 1024 else 2,
+    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _step_kernel(
     x: tl.tensor,
     x_scale: tl.tensor,
@@ -72,6 +100,7 @@ def _step_kernel(
     scale_n: tl.tensor,
     low: tl.tensor,
     high: tl.tensor,
+    batch: tl.tensor,
     X_MODE: tl.constexpr,
     DT_MODE: tl.constexpr,
     B_MODE: tl.constexpr,
@@ -86,21 +115,20 @@ def _step_kernel(
     HEADS_PER_GROUP: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    """Program (part of a head, sequence): its rows of the state are read, advanced and written once."""
+    """Program (part of a head, sequences): its rows of their states are read, advanced and written once."""
     let_next_start(EARLY)
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     h = tl.program_id(0) // blocks
-    b = tl.program_id(1).to(tl.int64)
+    begin = tl.program_id(1) * ROWS
     p = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     p_in, n_in = p < P, n < N
     inside = p_in[:, None] & n_in[None, :]
-    own = state + b * state_b + h * (P * N)
-    LINES: tl.constexpr = (N * state.dtype.element_ty.primitive_bitwidth // 8 + 127) // 128
-    ask_ahead(own + tl.minimum(p, P - 1) * N, 0, N, LINES, EARLY)
-    wait_for_inputs(EARLY)  # A, too, has been computed just before
+    wait_for_inputs(EARLY)
     rate = tl.load(A + h).to(tl.float32) * LOG2E
     bias = 0.0
     if dt_bias is not None:
@@ -129,24 +157,39 @@ def _step_kernel(
             SCALE_BY_COLUMN,
         )
         per_step = 1.0 / step
-
-    S_at = own + p[:, None] * N + n[None, :]
-    S = tl.load(S_at, mask=inside, other=0).to(tl.float32)
-
-    raw = read_scalar(dt, b * dt_b + h, dt_scale, h, DT_MODE) + bias
-    delta = limited_softplus(raw, low, high, LIMITED)
-    decay = tl.exp2(delta * rate)
-    x_p = read_vector(x + b * x_b + h * P, p, p_in, x_scale, h * P, X_MODE)
     first = h // HEADS_PER_GROUP * N
-    B_n = read_vector(B + b * B_b + first, n, n_in, B_scale, first, B_MODE)
-    C_n = read_vector(C + b * C_b + first, n, n_in, C_scale, first, C_MODE)
-    S *= step * decay
-    S += (x_p * delta)[:, None] * B_n[None, :]
-    write_state(S_at, S, per_step, inside)
-    y_p = tl.sum(S * C_n[None, :], axis=1)
-    if D is not None:
-        y_p += x_p * skip
-    tl.store(y + b * (H * P) + h * P + p, y_p.to(y.dtype.element_ty), mask=p_in)
+    x_step = read_scales(x_scale, h * P + p, p_in, X_MODE)
+    B_step = read_scales(B_scale, first + n, n_in, B_MODE)
+    C_step = read_scales(C_scale, first + n, n_in, C_MODE)
+    dt_step = read_scale(dt_scale, h, DT_MODE)
+
+    b = tl.full((), 0, tl.int64) + begin
+    dt_next = tl.load(dt + b * dt_b + h)
+    x_next = tl.load(x + b * x_b + h * P + p, mask=p_in, other=0)
+    B_next = tl.load(B + b * B_b + first + n, mask=n_in, other=0)
+    C_next = tl.load(C + b * C_b + first + n, mask=n_in, other=0)
+    for row in tl.range(begin, tl.minimum(begin + ROWS, batch), num_stages=STAGES):
+        b = tl.full((), 0, tl.int64) + row
+        S_at = state + b * state_b + h * (P * N) + (p[:, None] * N + n[None, :])
+        S = tl.load(S_at, mask=inside, other=0).to(tl.float32)
+        delta = limited_softplus(dt_next.to(tl.float32) * dt_step + bias, low, high, LIMITED)
+        decay = tl.exp2(delta * rate)
+        x_p = x_next.to(tl.float32) * x_step
+        B_n = B_next.to(tl.float32) * B_step
+        C_n = C_next.to(tl.float32) * C_step
+        if ROWS > 1:  # what the next sequence needs is on its way meanwhile
+            following = tl.full((), 0, tl.int64) + tl.minimum(row + 1, batch - 1)
+            dt_next = tl.load(dt + following * dt_b + h)
+            x_next = tl.load(x + following * x_b + h * P + p, mask=p_in, other=0)
+            B_next = tl.load(B + following * B_b + first + n, mask=n_in, other=0)
+            C_next = tl.load(C + following * C_b + first + n, mask=n_in, other=0)
+        S *= step * decay
+        S += (x_p * delta)[:, None] * B_n[None, :]
+        write_state(S_at, S, per_step, inside)
+        y_p = tl.sum(S * C_n[None, :], axis=1)
+        if D is not None:
+            y_p += x_p * skip
+        tl.store(y + b * (H * P) + h * P + p, y_p.to(y.dtype.element_ty), mask=p_in)
 
 
 def ssd_step(
@@ -179,8 +222,8 @@ def ssd_step(
     y = torch.empty(batch, d_inner, dtype=out_dtype, device=A.device)
     if y.numel() == 0:
         return y
-    launch = step_launch(batch, nheads, headdim, d_state)
-    _step_kernel[(nheads * triton.cdiv(headdim, launch.channels), batch)](
+    launch = step_launch(batch, nheads, headdim, d_state, state.dtype == torch.int8)
+    _step_kernel[(nheads * triton.cdiv(headdim, launch.channels), triton.cdiv(batch, launch.rows))](
         **arguments,
         **{f"{name}_b": arguments[name].stride(0) for name in ("x", "dt", "B", "C")},
         **modes,
@@ -193,6 +236,9 @@ def ssd_step(
         HEADS_PER_GROUP=nheads // ngroups,
         BLOCK_P=launch.channels,
         BLOCK_N=triton.next_power_of_2(d_state),
+        ROWS=launch.rows,
+        STAGES=launch.stages,
+        batch=batch,
         num_warps=launch.num_warps,
         **dependent_launch(y.device),
     )
