@@ -338,8 +338,8 @@ def draw(options: argparse.Namespace) -> dict[str, Any]:
     if (_quantized(options) / "config.json").is_file():
         return {"made": False}
     config = model_config(options.layers, options.d_model, options.vocab)
-    network = fill(skeleton(resolve(_recipe(options, config), config)))
     plan = resolve(_recipe(options, config), config)
+    network = fill(skeleton(plan), torch.device("cpu"))
     write_quantized(_quantized(options), network, plan, source="random", report=None, tokenizer=None)
     return {"made": True}
 

@@ -47,7 +47,7 @@ def test_quantize_says_what_a_gpu_needed(run: Run, here: Path, monkeypatch: pyte
     arguments = ("quantize", "mamba2-tiny", "--recipe", "w8a8", "-o", "out", *QUANTIZE, "--force")
     assert "GPU" not in run(main, *arguments).stdout
     monkeypatch.setattr("quamba.quantization.pipeline.peak_memory_bytes", lambda device: 3 << 29)
-    assert "Peak GPU memory 1.5 GiB, the float model included." in run(main, *arguments).stdout
+    assert "GiB, 1.5 GiB on the GPU." in run(main, *arguments).stdout
     assert json.loads(run(main, *arguments, "--json").stdout)["peak_gpu_bytes"] == 3 << 29
 
 
