@@ -9,7 +9,7 @@ from quamba.cli.console import LazyGroup
 
 _COMMANDS = {
     "quantize": ("quantize", "Quantize a float model by a recipe and save it."),
-    "evaluate": ("evaluate", "Measure a model, float or quantized: perplexity, lm-eval's tasks."),
+    "evaluate": ("evaluate", "Measure perplexity and lm-eval's tasks, float or quantized."),
     "generate": ("generate", "Continue a prompt."),
     "chat": ("chat", "Talk with a model that keeps its memory between turns."),
     "profile": ("profile", "Measure size and speed on this machine."),
@@ -20,12 +20,12 @@ _COMMANDS = {
     "convert": ("convert", "Write a published checkpoint in our format."),
     "convert-megatron": ("convert_megatron", "Write a Megatron-LM checkpoint as a float model."),
     "export-zoo": ("export_zoo", "Write a quantized model in the published format."),
-    "doctor": ("doctor", "Check that every kernel gives right results on this machine."),
+    "doctor": ("doctor", "Check that every kernel gives right results here."),
     "tune": ("tune", "Find the fastest launches of GPU kernels here."),
     "sweep": ("sweep", "Do many runs of main.py from one file."),
     "report": ("report", "Show what a sweep measured, against what was expected."),
     "recipes": ("recipes", "List the shipped recipes."),
-    "demo": ("demo", "Quantize the bundled Mamba2 model, measure it, generate from it."),
+    "demo": ("demo", "Quantize the bundled Mamba2 model, measure and run it."),
 }
 
 

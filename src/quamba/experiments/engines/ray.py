@@ -8,8 +8,9 @@ the working folder under the same path.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,7 +51,7 @@ class RayEngine:
     def run(self, jobs: Sequence[Job], started: Callable[[Job], None], ended: Callable[[Done], None]) -> None:
         import ray
 
-        with self._cluster(ray):
+        with redirect_stdout(sys.stderr), self._cluster(ray):  # Ray reports dead workers on stdout
             has_gpus = ray.cluster_resources().get("GPU", 0) > 0
             task = ray.remote(_task)
             waiting = list(jobs)
