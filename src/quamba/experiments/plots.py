@@ -28,7 +28,7 @@ ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .
   font-size: .85rem; }
 ul.legend svg { display: inline; width: 15px; height: 15px; margin-right: .35rem; vertical-align: -1px; }
 .wide { display: grid; gap: 1.2rem; margin-top: 1rem; }
-@media (min-width: 60rem) { tbody th { min-width: 23rem; } }
+@media (min-width: 60rem) { tbody th { white-space: nowrap; } th, td { padding: .35rem .5rem; } }
 """
 
 LEGEND = (
@@ -37,7 +37,7 @@ LEGEND = (
     ("differs", "farther"),
     ("none", "nothing to compare with"),
 )
-_WIDTH, _ROW, _LEFT, _RIGHT = 760.0, 22.0, 270.0, 70.0
+_WIDTH, _ROW, _LEFT, _RIGHT = 760.0, 22.0, 310.0, 70.0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from quamba.reporting.tables import number
 from quamba.reporting.write import write_all
 
 NAMES = ("report.md", "report.csv", "report.html")
+PRECISIONS = ("w8a8", "w4a8", "w4a16")
 #: Metrics that are drawn, those with expected values first; the tables have all.
 MOST_DRAWN = 3
 RULE = (
@@ -64,18 +65,17 @@ def verdict_line(verdict: Verdict) -> str:
 
 
 def table_rows(outcomes: Outcomes) -> tuple[list[str], list[list[str]]]:
-    """The header and one line a run."""
+    """The header and one line a run; the last columns say what was expected, or what is not done."""
     metrics = outcomes.metrics
-    header = [
-        "run",
-        "precision",
-        "percentile",
-        "MiB in memory",
-        *(m.name for m in metrics),
-        "expected",
-        "verdict",
-    ]
-    return header, [_cells(run, metrics) for run in outcomes.runs]
+    header = ["run", "precision", "percentile", "MiB in memory", *(metric.name for metric in metrics)]
+    rows = [_cells(run, metrics) for run in outcomes.runs]
+    if outcomes.verdicts:
+        header += ["expected", "verdict"]
+        rows = [[*row, *_judged(run)] for row, run in zip(rows, outcomes.runs, strict=True)]
+    elif any(run.state != "done" for run in outcomes.runs):
+        header.append("state")
+        rows = [[*row, run.state] for row, run in zip(rows, outcomes.runs, strict=True)]
+    return header, rows
 
 
 def markdown(outcomes: Outcomes) -> str:
@@ -173,20 +173,20 @@ def _drawn(outcomes: Outcomes) -> list[Metric]:
 
 def _cells(run: Outcome, metrics: Sequence[Metric]) -> list[str]:
     size = "-" if run.size_mib is None else f"{run.size_mib:,.1f}"
-    values = [_value(run, metric) for metric in metrics]
-    first = run.verdicts[0] if run.verdicts else None
-    expected = "-" if first is None else f"{first.expected.value:g}"
-    return [run.name, run.precision, run.alpha, size, *values, expected, _judged(run, first)]
+    return [run.name, run.precision, run.alpha, size, *(_value(run, metric) for metric in metrics)]
 
 
-def _judged(run: Outcome, verdict: Verdict | None) -> str:
+def _judged(run: Outcome) -> tuple[str, str]:
+    """The first expected value and the verdict on it."""
+    verdict = run.verdicts[0] if run.verdicts else None
+    expected = "-" if verdict is None else f"{verdict.expected.value:g}"
     if run.state != "done":
-        return run.state
+        return expected, run.state
     if verdict is None:
-        return "-"
+        return expected, "-"
     if verdict.tolerance is None:
-        return verdict.judgement
-    return f"{verdict.judgement} ({verdict.difference:+.3g})"
+        return expected, verdict.judgement
+    return expected, f"{verdict.judgement} ({verdict.difference:+.3g})"
 
 
 def _value(run: Outcome, metric: Metric) -> str:
@@ -271,22 +271,22 @@ def _html_verdicts(outcomes: Outcomes) -> str:
 
 def _metric_section(outcomes: Outcomes, metric: Metric) -> list[str]:
     plots = [
-        ("against size", size_plot(outcomes, metric), _key(("w8a8", "w4a8", "w4a16"))),
+        ("against size", size_plot(outcomes, metric), PRECISIONS),
         (
             "percentile effect, the number is the last less the default",
             effect_plot(percentile_groups(outcomes), metric, "percentile effect"),
-            _key(("default", "1")),
+            ("default", "1"),
         ),
         (
             "precision effect, the number is the last less the first",
             effect_plot(precision_groups(outcomes), metric, "precision effect"),
-            _key(("w8a8", "w4a8", "w4a16")),
+            PRECISIONS,
         ),
     ]
     figures = [
         f"<figure><figcaption><h3>{escape(metric.name)} {escape(title)}</h3>"
-        f"<small>{escape(metric.said)}</small></figcaption>{svg}{key}</figure>"
-        for title, svg, key in plots
+        f"<small>{escape(metric.said)}</small></figcaption>{svg}{_key(shapes, svg)}</figure>"
+        for title, svg, shapes in plots
         if svg
     ]
     if not figures:
@@ -294,11 +294,12 @@ def _metric_section(outcomes: Outcomes, metric: Metric) -> list[str]:
     return [f"<h2>{escape(metric.name)}</h2>", f'<div class="wide">{"".join(figures)}</div>']
 
 
-def _key(shapes: Sequence[str]) -> str:
-    """What colours and shapes mean."""
+def _key(shapes: Sequence[str], svg: str) -> str:
+    """What shapes mean, and those colours that the plot has."""
     entries = [(shape(kind, 8, 8, "none"), kind if kind != "1" else "1.0") for kind in shapes]
-    entries += [(shape("", 8, 8, look), said) for look, said in LEGEND]
-    entries.append((shape("expected", 8, 8, ""), "expected"))
+    entries += [(shape("", 8, 8, look), said) for look, said in LEGEND if f'class="{look}"' in svg]
+    if 'class="hollow"' in svg:
+        entries.append((shape("expected", 8, 8, ""), "expected"))
     items = "".join(
         f'<li><svg class="plot" viewBox="-1 -1 18 18" aria-hidden="true">{mark}</svg>{escape(said)}</li>'
         for mark, said in entries
