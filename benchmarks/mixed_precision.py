@@ -19,7 +19,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from quamba.quantization.pipeline import Silent
 from quamba.recipes.recipe import load_recipe
 from quamba.search.budget import Budget
 from quamba.search.methods.registry import METHODS
-from quamba.search.objective import Divergence, kl_sum
-from quamba.search.score import Candidate, CandidateStore, Labels
+from quamba.search.objective import Divergence, kl_sum, shared_walk
+from quamba.search.score import Candidate, CandidateStore, Labels, portions
 from quamba.search.search import Outcome, SearchSpec, search
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +44,7 @@ WINDOW, BATCH = 1024, 4
 LOW, HIGH, DRAWS = "W4A8", "W4A16", 20
 COLUMNS = ("model", "budget", "by", "blocks", "objective", "heldout_kl", "heldout_perplexity", "rank")
 COLUMNS += ("choices", "evaluations", "seconds")
-HeldOut = Callable[[Labels], dict[str, float]]
+HeldOut = Callable[[Sequence[Labels]], list[dict[str, float]]]
 
 
 def main() -> None:
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument(
         "--every_choice", action="store_true", help="Score all there are on the held-out text."
     )
+    parser.add_argument("--processes", type=int, default=1, help="That score candidates on calibration text.")
     parser.add_argument("--work", type=Path, default=Path("mixed-precision"), help="Folder of the searches.")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -98,7 +99,7 @@ def of_model(name: str, arguments: argparse.Namespace) -> tuple[list[dict[str, A
             budget=Budget({HIGH: budget}),
             method=method,
             seed=arguments.seed,
-            devices=(arguments.device,),
+            devices=(arguments.device,) * arguments.processes,
         )
         return search(source, model.network, calibration, sequences, asked, folder, Silent())
 
@@ -107,9 +108,11 @@ def of_model(name: str, arguments: argparse.Namespace) -> tuple[list[dict[str, A
         row for budget in arguments.budgets for row in chosen_by(full[budget], budget, searched, arguments)
     ]
     held = held_out(full[arguments.budgets[-1]], model, folder / "heldout.jsonl")
-    ends = {label: held((label,) * len(full[arguments.budgets[-1]].chosen)) for label in (LOW, HIGH)}
+    n = len(full[arguments.budgets[-1]].chosen)
+    low, high, *_ = held([(LOW,) * n, (HIGH,) * n, *dict.fromkeys(row["labels"] for row in rows)])
+    ends = {LOW: low, HIGH: high}
     for row in rows:
-        row |= {"model": name, **held(row["labels"])}
+        row |= {"model": name, **held([row["labels"]])[0]}
     if arguments.every_choice:
         for budget in arguments.budgets:
             rank(rows, budget, choices(full[budget], budget), held)
@@ -153,7 +156,8 @@ def chosen_by(
 
 def rank(rows: list[dict[str, Any]], budget: int, known: dict[Labels, Candidate], held: HeldOut) -> None:
     """Where each choice stands among all on the held-out text, and the best there is as a row of its own."""
-    order = sorted(known, key=lambda labels: held(labels)["heldout_kl"])
+    scores = dict(zip(known, held(list(known)), strict=True))
+    order = sorted(known, key=lambda labels: scores[labels]["heldout_kl"])
     own = [row for row in rows if row["budget"] == budget]
     best = {
         "by": "(best on the held-out text)",
@@ -162,7 +166,7 @@ def rank(rows: list[dict[str, Any]], budget: int, known: dict[Labels, Candidate]
         "seconds": 0.0,
     }
     blocks = [i for i, label in enumerate(order[0]) if label == HIGH]
-    best |= {"blocks": blocks, "objective": known[order[0]].score, **held(order[0])}
+    best |= {"blocks": blocks, "objective": known[order[0]].score, **scores[order[0]]}
     rows.insert(rows.index(own[-1]) + 1, {**own[-1], **best})
     for row in rows:
         if row["budget"] == budget:
@@ -181,40 +185,32 @@ def held_out(outcome: Outcome, model: quamba.Model, path: Path) -> HeldOut:
     ids = windows(torch.tensor(model.tokenizer.encode((DATA / "heldout.txt").read_text("utf-8"))), WINDOW)
     stores = {name: CandidateStore(path.with_stem(f"heldout-{name}")) for name in ("kl", "perplexity")}
 
-    def score(labels: Labels) -> dict[str, float]:
-        known = {name: store.get(labels) for name, store in stores.items()}
-        if any(found is None for found in known.values()):
+    def score(candidates: Sequence[Labels]) -> list[dict[str, float]]:
+        missing = [c for c in candidates if any(store.get(c) is None for store in stores.values())]
+        for some in portions(missing, 1):
             started = time.perf_counter()
-            values = both(outcome.bank.assemble(labels), wanted(model.network, ids), ids)
-            seconds = time.perf_counter() - started
-            for name, store in stores.items():
-                store.add(Candidate(labels, values[name], seconds))
-                known[name] = store.get(labels)
-        return {f"heldout_{name}": found.score for name, found in known.items() if found is not None}
+            networks = [outcome.bank.assemble(labels) for labels in some]
+            found = both(networks, model.network, ids)
+            seconds = (time.perf_counter() - started) / len(some)
+            for labels, values in zip(some, found, strict=True):
+                for name, store in stores.items():
+                    store.add(Candidate(labels, values[name], seconds))
+        kept = [{name: store.get(c) for name, store in stores.items()} for c in candidates]
+        return [{f"heldout_{n}": c.score for n, c in one.items() if c is not None} for one in kept]
 
     return score
 
 
-_WANTED: dict[int, list[Tensor]] = {}
-
-
-def wanted(network: MambaLM, ids: Tensor) -> list[Tensor]:
-    """Log-probabilities of the float model, a batch each; of one model at a time."""
-    if id(network) not in _WANTED:
-        _WANTED.clear()
-        _WANTED[id(network)] = [Divergence.log_probabilities(network, (b, None)) for b in ids.split(BATCH)]
-    return _WANTED[id(network)]
-
-
 @torch.inference_mode()
-def both(network: MambaLM, reference: list[Tensor], ids: Tensor) -> dict[str, float]:
-    kl = nll = 0.0
-    for p, batch in zip(reference, ids.split(BATCH), strict=True):
-        logits = network(batch.to(network.device))
-        kl += kl_sum(p, logits.flatten(0, 1))
-        nll += nll_sum(logits, batch)
+def both(networks: Sequence[MambaLM], reference: MambaLM, ids: Tensor) -> list[dict[str, float]]:
+    kl, nll = [0.0] * len(networks), [0.0] * len(networks)
+    for batch in ids.split(BATCH):
+        p = Divergence.log_probabilities(reference, (batch, None))
+        for k, logits in enumerate(shared_walk(networks, (batch, None))):
+            kl[k] += kl_sum(p, logits.flatten(0, 1))
+            nll[k] += nll_sum(logits, batch)
     tokens = ids.shape[0] * (ids.shape[1] - 1)
-    return {"kl": kl / ids.numel(), "perplexity": math.exp(nll / tokens)}
+    return [{"kl": a / ids.numel(), "perplexity": math.exp(b / tokens)} for a, b in zip(kl, nll, strict=True)]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

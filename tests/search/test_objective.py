@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from search_fixtures import Tiny
+from search_fixtures import Banks, Tiny
 from tiny_models import tiny_model
 
 from quamba.errors import QuambaError
 from quamba.evaluation.perplexity import perplexity
 from quamba.models.lm import MambaLM
 from quamba.search import objective as module
-from quamba.search.objective import Divergence, ObjectiveSpec, Perplexity, accuracy, objective
+from quamba.search.objective import Divergence, ObjectiveSpec, Perplexity, accuracy, objective, shared_walk
 from quamba.search.search import batches
 
 
@@ -38,10 +38,10 @@ def test_divergence(pair: tuple[Tiny, MambaLM]) -> None:
         p, q = probabilities(model.network, ids), probabilities(other, ids)
         total += float((p.exp() * (p - q)).sum())
         tokens += len(ids)
-    found = Divergence(model.network, batches(model.sequences, 2))(other)
+    found, itself = Divergence(model.network, batches(model.sequences, 2))([other, model.network])
     assert found == pytest.approx(total / tokens, rel=1e-5)
     assert found > 0.1
-    assert Divergence(model.network, batches(model.sequences, 2))(model.network) == pytest.approx(0, abs=1e-7)
+    assert itself == pytest.approx(0, abs=1e-7)
 
 
 def test_what_is_not_kept_is_computed_again(
@@ -49,10 +49,10 @@ def test_what_is_not_kept_is_computed_again(
 ) -> None:
     model, other = pair
     text = batches(model.sequences, 2)
-    kept = Divergence(model.network, text)(other)
+    (kept,) = Divergence(model.network, text)([other])
     monkeypatch.setattr(module, "KEPT_BYTES", 0)
     monkeypatch.setattr(module, "_SLICE_BYTES", 1000)
-    assert Divergence(model.network, text)(other) == pytest.approx(kept, rel=1e-6)
+    assert Divergence(model.network, text)([other]) == pytest.approx([kept], rel=1e-6)
 
 
 def test_perplexity(pair: tuple[Tiny, MambaLM]) -> None:
@@ -62,11 +62,32 @@ def test_perplexity(pair: tuple[Tiny, MambaLM]) -> None:
         p = probabilities(model.network, ids)[:-1]
         nll -= float(p.gather(1, ids[1:, None]).sum())
         tokens += len(ids) - 1
-    found = Perplexity(batches(model.sequences, 3))(model.network)
+    (found,) = Perplexity(batches(model.sequences, 3))([model.network])
     assert found == pytest.approx(math.exp(nll / tokens), rel=1e-5)
     rows = torch.stack([model.sequences[0], model.sequences[2]])
     whole = perplexity(lambda ids: model.network(ids), rows).perplexity
-    assert Perplexity(batches(list(rows), 2))(model.network) == pytest.approx(whole, rel=1e-6)
+    assert Perplexity(batches(list(rows), 2))([model.network]) == pytest.approx([whole], rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_blocks_in_common_are_run_once(family: str, banks: Banks, tiny: Callable[[str], Tiny]) -> None:
+    bank, (text,) = banks(family), batches(tiny(family).sequences, 3)
+    mixes = [
+        ("W4A8", "W4A8", "W4A8", "W4A8"),
+        ("W4A8", "W4A8", "FP16", "W4A8"),
+        ("W8A8", "W4A8", "FP16", "W4A8"),
+    ]
+    networks = [bank.assemble(labels) for labels in mixes]
+    runs: list[object] = []
+    blocks = {id(block): block for network in networks for block in network.blocks}
+    handles = [b.register_forward_hook(lambda module, *_: runs.append(module)) for b in blocks.values()]
+    with torch.inference_mode():
+        together = list(shared_walk(networks, text))
+        assert len(runs) == 4 + 2 + 4
+        for handle in handles:
+            handle.remove()
+        for network, logits in zip(networks, together, strict=True):
+            assert torch.equal(logits, network(text[0], None, text[1]))
 
 
 def test_accuracy_among_the_numbers_of_a_task() -> None:
@@ -83,7 +104,7 @@ def test_accuracy_of_a_task(assets: object) -> None:
 
     model = load("assets/models/mamba2-demo")
     spec = ObjectiveSpec(kind="accuracy", tasks=("lambada_local",), limit=4)
-    found = objective(spec, None, [], model.tokenizer)(model.network)
+    found = objective(spec, None, [], model.tokenizer)([model.network])[0]
     assert 4 * found == pytest.approx(round(4 * found))
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from quamba.calibration.collect import Batch
 from quamba.checkpoints.tokenizer import Tokenizer
 from quamba.errors import QuambaError, one_of
 from quamba.evaluation.perplexity import nll_sum
-from quamba.models.lm import MambaLM
+from quamba.models.lm import MambaLM, on_device
 
 OBJECTIVES = ("kl", "perplexity", "accuracy")
 #: Log-probabilities of the float model that are kept rather than computed again for each candidate, in bytes.
@@ -25,11 +25,11 @@ _SLICE_BYTES = 1 << 24
 
 
 class Objective(Protocol):
-    """A number for a model; smaller is better."""
+    """A number for each model; smaller is better. Neighbours that begin with the same blocks share them."""
 
     name: str
 
-    def __call__(self, network: MambaLM) -> float: ...
+    def __call__(self, networks: Sequence[MambaLM]) -> list[float]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,22 +88,23 @@ class Divergence:
         self._reference = None if kept else reference  # whose memory is then free
 
     @torch.inference_mode()
-    def __call__(self, network: MambaLM) -> float:
-        total, tokens = 0.0, 0
+    def __call__(self, networks: Sequence[MambaLM]) -> list[float]:
+        totals, tokens = [0.0] * len(networks), 0
         for i, batch in enumerate(self._batches):
             if self._reference is None:
                 wanted = self._kept[i]
             else:
                 wanted = self.log_probabilities(self._reference, batch)
-            got = _rows(network, batch)
-            total += kl_sum(wanted, got)
-            tokens += len(got)
-        return total / tokens
+            for k, logits in enumerate(shared_walk(networks, batch)):
+                totals[k] += kl_sum(wanted, _rows(logits, batch))
+            tokens += len(wanted)
+        return [total / tokens for total in totals]
 
     @staticmethod
     @torch.inference_mode()
     def log_probabilities(network: MambaLM, batch: Batch) -> Tensor:
-        logits = _rows(network, batch).float()
+        (logits,) = shared_walk([network], batch)
+        logits = _rows(logits, batch).float()
         for part in logits.split(_positions(logits)):
             part.copy_(F.log_softmax(part, dim=-1))
         return logits
@@ -128,15 +129,15 @@ class Perplexity:
         self._batches = batches
 
     @torch.inference_mode()
-    def __call__(self, network: MambaLM) -> float:
-        nll, tokens = 0.0, 0
+    def __call__(self, networks: Sequence[MambaLM]) -> list[float]:
+        nll, tokens = [0.0] * len(networks), 0
         for ids, mask in self._batches:
-            logits = _logits(network, (ids, mask))
-            for row in range(len(ids)):
-                first = 0 if mask is None else int((~mask[row]).sum())
-                nll += nll_sum(logits[row : row + 1, first:], ids[row : row + 1, first:])
-                tokens += ids.shape[1] - first - 1
-        return math.exp(min(nll / tokens, 700.0))
+            firsts = [0 if mask is None else int((~mask[row]).sum()) for row in range(len(ids))]
+            tokens += sum(ids.shape[1] - first - 1 for first in firsts)
+            for k, logits in enumerate(shared_walk(networks, (ids, mask))):
+                for row, first in enumerate(firsts):
+                    nll[k] += nll_sum(logits[row : row + 1, first:], ids[row : row + 1, first:])
+        return [math.exp(min(total / tokens, 700.0)) for total in nll]
 
 
 class Accuracy:
@@ -150,7 +151,10 @@ class Accuracy:
         self._spec, self._tokenizer = spec, tokenizer
         self._tasks = load_tasks(spec.tasks)
 
-    def __call__(self, network: MambaLM) -> float:
+    def __call__(self, networks: Sequence[MambaLM]) -> list[float]:
+        return [self._of(network) for network in networks]
+
+    def _of(self, network: MambaLM) -> float:
         from quamba.evaluation.lm_eval_model import TaskModel
         from quamba.evaluation.tasks import run_tasks
 
@@ -171,16 +175,33 @@ def accuracy(raw: dict[str, dict[str, Any]], task: str) -> float:
     )
 
 
-def _rows(network: MambaLM, batch: Batch) -> Tensor:
-    """Logits [T, V] of all tokens that are no padding."""
-    logits, mask = _logits(network, batch), batch[1]
-    return logits.flatten(0, 1) if mask is None else logits[mask.to(logits.device)]
-
-
-def _logits(network: MambaLM, batch: Batch) -> Tensor:
+def shared_walk(networks: Sequence[MambaLM], batch: Batch) -> Iterator[Tensor]:
+    """Logits [B, L, V] of each network in turn. Blocks at the beginning that are those of the network before
+    it are not run again."""
     ids, mask = batch
-    device = network.device
-    return network(ids.to(device), None, None if mask is None else mask.to(device))
+    before: list[tuple[nn.Module, Tensor, Tensor | None]] = []
+    for network in networks:
+        device = network.device
+        own_mask = None if mask is None else mask.to(device)
+        with on_device(device):
+            path: list[nn.Module] = [network.backbone.embedding, *network.blocks]
+            shared = 0
+            while shared < min(len(path), len(before)) and path[shared] is before[shared][0]:
+                shared += 1
+            del before[shared:]
+            if not before:
+                before.append((path[0], network.backbone.embedding(ids.to(device)), None))
+            for block in path[len(before) :]:
+                _, hidden, residual = before[-1]
+                before.append((block, *block(hidden, residual, None, own_mask)))
+            _, hidden, residual = before[-1]
+            yield network.lm_head(network.backbone.norm_f(hidden, residual)[0])
+
+
+def _rows(logits: Tensor, batch: Batch) -> Tensor:
+    """Logits [T, V] of all tokens that are no padding."""
+    mask = batch[1]
+    return logits.flatten(0, 1) if mask is None else logits[mask.to(logits.device)]
 
 
 def _positions(logits: Tensor) -> int:

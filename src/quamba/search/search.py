@@ -41,7 +41,7 @@ from quamba.search.methods.method import sensitivities
 from quamba.search.methods.registry import method_of
 from quamba.search.objective import ObjectiveSpec, objective
 from quamba.search.problem import Assignment, Limit, Problem
-from quamba.search.score import Candidate, CandidateStore, Labels, Runner, Scorer, here
+from quamba.search.score import Candidate, CandidateStore, Labels, Runner, Scorer, ScoreSome, here
 from quamba.search.workers import Pool
 
 MARK = "search.json"
@@ -119,7 +119,7 @@ class Scoring:
         dtype = torch.float16 if target.type == "cuda" else own
         return bank.to(target, dtype, choose_kernels(target, self.backend))
 
-    def scoring(self, device: str, bank: BlockBank | None = None) -> Callable[[Labels], float]:
+    def scoring(self, device: str, bank: BlockBank | None = None) -> ScoreSome:
         """bank  of that device, if there is one"""
         target, reference, tokenizer = torch.device(device), None, None
         have = bank or self.bank(device)
@@ -131,7 +131,7 @@ class Scoring:
         elif self.spec.kind == "accuracy":
             tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config, self.source)
         measure = objective(self.spec, reference, batches(self.sequences, self.spec.batch), tokenizer)
-        return lambda labels: measure(have.assemble(labels))
+        return lambda some: measure([have.assemble(labels) for labels in some])
 
 
 def batches(sequences: Sequence[Tensor], size: int) -> list[tuple[Tensor, Tensor | None]]:
@@ -302,14 +302,14 @@ def _runner(scoring: Scoring, devices: Sequence[str], bank: BlockBank) -> Abstra
     return nullcontext(here(_later(lambda: scoring.scoring(devices[0], bank))))
 
 
-def _later(make: Callable[[], Callable[[Labels], float]]) -> Callable[[Labels], float]:
+def _later(make: Callable[[], ScoreSome]) -> ScoreSome:
     """Made when the first candidate comes: a run that finds all scores on disk reads no float model."""
-    made: list[Callable[[Labels], float]] = []
+    made: list[ScoreSome] = []
 
-    def score(labels: Labels) -> float:
+    def score(some: Sequence[Labels]) -> list[float]:
         if not made:
             made.append(make())
-        return made[0](labels)
+        return made[0](some)
 
     return score
 

@@ -7,18 +7,17 @@ objective for itself; only labels and scores pass between processes.
 from __future__ import annotations
 
 import multiprocessing
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Protocol
 
-from quamba.search.score import Candidate, Labels
+from quamba.search.score import Candidate, Labels, ScoreSome, portions, timed
 
 
 class Setup(Protocol):
     """All that a process needs to score candidates on a device; goes to it whole."""
 
-    def scoring(self, device: str) -> Callable[[Labels], float]: ...
+    def scoring(self, device: str) -> ScoreSome: ...
 
 
 class Pool:
@@ -32,10 +31,12 @@ class Pool:
         places: Any = context.SimpleQueue()
         for device in devices:
             places.put(device)
+        self._processes = len(devices)
         self._pool = ProcessPoolExecutor(len(devices), context, _begin, (setup, places, threads))
 
     def __call__(self, candidates: Sequence[Labels]) -> Iterator[Candidate]:
-        return self._pool.map(_score, candidates)
+        for found in self._pool.map(_score, portions(candidates, self._processes)):
+            yield from found
 
     def __enter__(self) -> Pool:
         return self
@@ -44,7 +45,7 @@ class Pool:
         self._pool.shutdown(cancel_futures=True)
 
 
-_scoring: Callable[[Labels], float] | None = None
+_scoring: ScoreSome | None = None
 
 
 def _begin(setup: Setup, places: Any, threads: int) -> None:
@@ -55,8 +56,6 @@ def _begin(setup: Setup, places: Any, threads: int) -> None:
     _scoring = setup.scoring(places.get())
 
 
-def _score(labels: Labels) -> Candidate:
+def _score(some: list[Labels]) -> list[Candidate]:
     assert _scoring is not None
-    started = time.perf_counter()
-    score = _scoring(labels)
-    return Candidate(labels, score, time.perf_counter() - started)
+    return timed(_scoring, some)
