@@ -92,11 +92,12 @@ def test_tables(outcomes: Outcomes) -> None:
     assert summary(outcomes) == "4 runs: 3 done, 1 failed. 2 expected values: 1 reproduced, 1 differs."
     text = markdown(outcomes)
     assert (
-        "| s/default/quamba2-x-w4a8 | w4a8 | default | 60.0 | 50.00±0.70 | 50.5 | reproduced (-0.5) |" in text
+        "| s/default/quamba2-x-w4a8 | 50.00±0.70 | 50.5 | reproduced (-0.50) | w4a8 | default | 60.0 | done |"
+        in text
     )
-    assert "| s/pa-1/quamba2-x-w8a8 | w8a8 | 1 | - | - | - | failed |" in text
+    assert "| s/pa-1/quamba2-x-w8a8 | - | - | failed | w8a8 | 1 | - | failed |" in text
     assert (
-        "- s/default/quamba2-x-w8a8: lambada_local acc: 55 against 60 (paper & table): differs, -5 with a "
+        "- s/default/quamba2-x-w8a8: lambada_local acc: 55 against 60 (paper & table): differs, -5.00 with a "
         "tolerance of 1.4 (2 standard errors)" in text
     )
     assert "- lambada_local acc, mamba2-x, w4a8: default 50.00±0.70, 1 45.00±0.70" in text

@@ -20,13 +20,14 @@ from quamba.reporting.write import write_all
 
 NAMES = ("report.md", "report.csv", "report.html")
 PRECISIONS = ("w8a8", "w4a8", "w4a16")
-#: Metrics that are drawn, those with expected values first; the tables have all.
+#: Metrics that are drawn, those with expected values first; the CSV has all.
 MOST_DRAWN = 3
 RULE = (
     "A value is reproduced if it is within the tolerance of the expected one: that of the sweep's file, else "
     f"{STANDARD_ERRORS:g} standard errors of the measurement. Values of a part of a task are not compared "
     "with values of all of it."
 )
+_FACTS = ("precision", "percentile", "MiB in memory", "state")
 Group = tuple[str, list[tuple[str, Outcome]]]
 
 
@@ -53,28 +54,28 @@ def summary(outcomes: Outcomes) -> str:
 
 
 def verdict_line(verdict: Verdict) -> str:
-    """``40.55 against 40.61 (Table 9): reproduced, -0.06 within ±1.37 (2 standard errors)``"""
+    """``acc: 40.55 against 40.61 (Table 9): reproduced, -0.06 with a tolerance of 1.37 (…)``"""
     expected = verdict.expected
-    measured = "nothing" if verdict.measured is None else f"{verdict.measured:.4g}"
+    measured = "nothing" if verdict.measured is None else f"{verdict.measured:.5g}"
     line = (
         f"{expected.metric}: {measured} against {expected.value:g} ({expected.source}): {verdict.judgement}"
     )
     if verdict.tolerance is None:
         return f"{line}, {verdict.reason}"
-    return f"{line}, {verdict.difference:+.3g} with a tolerance of {verdict.tolerance:.3g} ({verdict.rule})"
+    return f"{line}, {verdict.difference:+.2f} with a tolerance of {verdict.tolerance:.3g} ({verdict.rule})"
 
 
 def table_rows(outcomes: Outcomes) -> tuple[list[str], list[list[str]]]:
-    """The header and one line a run; the last columns say what was expected, or what is not done."""
-    metrics = outcomes.metrics
-    header = ["run", "precision", "percentile", "MiB in memory", *(metric.name for metric in metrics)]
-    rows = [_cells(run, metrics) for run in outcomes.runs]
-    if outcomes.verdicts:
-        header += ["expected", "verdict"]
-        rows = [[*row, *_judged(run)] for row, run in zip(rows, outcomes.runs, strict=True)]
-    elif any(run.state != "done" for run in outcomes.runs):
-        header.append("state")
-        rows = [[*row, run.state] for row, run in zip(rows, outcomes.runs, strict=True)]
+    """The header and one line a run: values, what was expected, and what the run is."""
+    metrics = _drawn(outcomes)
+    judged = ["expected", "verdict"] if outcomes.verdicts else []
+    header = ["run", *(metric.name for metric in metrics), *judged, *_FACTS]
+    rows = []
+    for run in outcomes.runs:
+        values = [_value(run, metric) for metric in metrics]
+        size = "-" if run.size_mib is None else f"{run.size_mib:,.1f}"
+        verdict = _judged(run) if judged else ()
+        rows.append([run.name, *values, *verdict, run.precision, run.alpha, size, run.state])
     return header, rows
 
 
@@ -171,11 +172,6 @@ def _drawn(outcomes: Outcomes) -> list[Metric]:
     return found[:MOST_DRAWN]
 
 
-def _cells(run: Outcome, metrics: Sequence[Metric]) -> list[str]:
-    size = "-" if run.size_mib is None else f"{run.size_mib:,.1f}"
-    return [run.name, run.precision, run.alpha, size, *(_value(run, metric) for metric in metrics)]
-
-
 def _judged(run: Outcome) -> tuple[str, str]:
     """The first expected value and the verdict on it."""
     verdict = run.verdicts[0] if run.verdicts else None
@@ -186,7 +182,7 @@ def _judged(run: Outcome) -> tuple[str, str]:
         return expected, "-"
     if verdict.tolerance is None:
         return expected, verdict.judgement
-    return expected, f"{verdict.judgement} ({verdict.difference:+.3g})"
+    return expected, f"{verdict.judgement} ({verdict.difference:+.2f})"
 
 
 def _value(run: Outcome, metric: Metric) -> str:
@@ -235,10 +231,10 @@ def _html_table(outcomes: Outcomes) -> str:
     heads = "".join(f'<th scope="col">{escape(_with_percent(name, outcomes))}</th>' for name in header)
     lines = []
     for run, (name, *cells) in zip(outcomes.runs, rows, strict=True):
-        looks = [""] * (len(cells) - 1) + [judgement_class(run.verdicts[0] if run.verdicts else None)]
+        look = judgement_class(run.verdicts[0] if run.verdicts else None)
         tail = "".join(
-            f"<td{_sort_key(cell)}{f' class={look}' if look not in ('', 'none') else ''}>{escape(cell)}</td>"
-            for cell, look in zip(cells, looks, strict=True)
+            f"<td{_sort_key(cell)}{f' class={look}' if column == 'verdict' else ''}>{escape(cell)}</td>"
+            for cell, column in zip(cells, header[1:], strict=True)
         )
         lines.append(f'<tr><th scope="row" data-v="{escape(name)}">{escape(name)}</th>{tail}</tr>')
     return (
