@@ -262,6 +262,12 @@ def quantize(options: argparse.Namespace) -> dict[str, Any]:
     folder, device = _checkpoint(options), api.choose_device(options.device)
     if (_quantized(options) / "config.json").is_file():
         return {"quantized": "is there already"}
+    limit = _size(options.max_gpu_memory)
+    if (
+        limit is not None and device.type == "cuda"
+    ):  # what is asked for beyond it is refused, as on a small GPU
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), device.index or 0)
     model = api.open_float(folder)
     recipe = _recipe(options, model.config)
     work = WorkFolder(options.folder / "work")
@@ -273,7 +279,7 @@ def quantize(options: argparse.Namespace) -> dict[str, Any]:
         progress=progress,
         device=device,
         work=work,
-        max_gpu_memory=_size(options.max_gpu_memory),
+        max_gpu_memory=limit,
         max_memory=_size(options.max_memory),
     )
     quantized_in = _status("VmHWM")

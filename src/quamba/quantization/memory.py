@@ -120,5 +120,5 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most that tensors took on a GPU since the last reset, models included; None on a CPU."""
+    """The most that tensors took on a GPU since the last reset; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -406,7 +406,8 @@ class Stages:
         self, batches: Sequence[Batch], embed: Callable[[Tensor], Tensor], name: str, streams: int = 1
     ) -> Stream:
         size = states_bytes(shapes_of(batches), self._plan.config.d_model) * streams
-        keeps = self._budget.place(size * _WITH_KEPT) != "file"
+        nearest = "device" if self._budget.device.type == "cuda" else "memory"  # what is kept stays there
+        keeps = self._budget.place(size * _WITH_KEPT) == nearest
         return Stream(batches, embed, self._plan.config.d_model, self._shelf(size), name, keeps=keeps)
 
     def _shelf(self, size: int) -> Shelf:

@@ -15,7 +15,7 @@ class Report:
                  tr((W - Q) H (W - Q)^T) / tr(W H W^T) of rounding to nearest and of the solver
     head_groups  one ``ChannelOrder`` a block, where heads were grouped
     seconds      wall time a stage
-    peak_gpu_bytes  the most that tensors took on the GPU, the float model included; None without one
+    peak_gpu_bytes  the most that tensors took on the GPU; None without one
     """
 
     recipe: dict[str, Any]
