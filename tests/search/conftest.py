@@ -45,7 +45,9 @@ def banks(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory)
             model, base = tiny(family), base_recipe(name, state)
             plan = plan_bank(base, labels, model.network.config)
             folders = bank_folders(root / family, plan, "tiny")
-            fill_bank(folders, plan, model.network, model.calibration, str(model.source), Silent())
+            fill_bank(
+                folders, plan, model.network, model.calibration, str(model.source), root / "work", Silent()
+            )
             made[key] = read_bank(folders, plan, base, model.network)
         return made[key]
 

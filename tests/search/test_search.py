@@ -88,9 +88,9 @@ def test_blocks_are_quantized_once(
 ) -> None:
     recipes = []
 
-    def counting(network: Any, recipe: Any, *arguments: Any) -> Any:
+    def counting(network: Any, recipe: Any, *arguments: Any, **named: Any) -> Any:
         recipes.append(recipe.blocks.label)
-        return quantize_model(network, recipe, *arguments)
+        return quantize_model(network, recipe, *arguments, **named)
 
     monkeypatch.setattr(blocks, "quantize_model", counting)
     first = searched(

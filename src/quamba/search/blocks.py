@@ -33,6 +33,7 @@ from quamba.models.lm import Block, MambaLM
 from quamba.quantization.convert import set_block_formats
 from quamba.quantization.parameters import round_parameters
 from quamba.quantization.pipeline import Progress, quantize_model
+from quamba.quantization.work import WorkFolder
 from quamba.recipes.plan import Plan, resolve
 from quamba.recipes.recipe import Override, Precision, Recipe
 from quamba.recipes.report import Report
@@ -191,18 +192,26 @@ def fill_bank(
     network: MambaLM,
     calibration: Any,
     source: str,
+    work: Path,
     progress: Progress,
 ) -> int:
-    """Quantize the models that are not there yet; how many these were. Each folder appears complete."""
-    made = 0
-    for label, folder in folders.items():
-        if folder.is_dir():
-            continue
-        small, resolved, report = quantize_model(network, plan.recipes[label], calibration, progress)
+    """Quantize the models that are not there yet; how many these were. Each folder appears complete.
+
+    work  where stages that are done are kept until all models are there: a killed run goes on from them, and
+          what two precisions have in common is computed once
+    """
+    missing = [label for label, folder in folders.items() if not folder.is_dir()]
+    if not missing:
+        return 0
+    stages = WorkFolder(work)
+    for label in missing:
+        small, resolved, report = quantize_model(
+            network, plan.recipes[label], calibration, progress, work=stages
+        )
         small.set_compute_dtype(network.lm_head.compute_dtype)
-        write_quantized(folder, small, resolved, source=source, report=report, tokenizer=None)
-        made += 1
-    return made
+        write_quantized(folders[label], small, resolved, source=source, report=report, tokenizer=None)
+    stages.clear()
+    return len(missing)
 
 
 @torch.no_grad()

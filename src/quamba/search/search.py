@@ -214,6 +214,10 @@ class SearchFolder:
         return self.folder / "blocks"
 
     @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+    @property
     def times(self) -> Path:
         return self.folder / "times.json"
 
@@ -248,7 +252,7 @@ def search(
     }
     plan = plan_bank(spec.base, spec.labels, network.config)
     folders = bank_folders(kept.bank, plan, made_of)
-    fill_bank(folders, plan, network, calibration, source, progress)
+    fill_bank(folders, plan, network, calibration, source, kept.work, progress)
     scoring = Scoring(source, spec.base, plan, folders, spec.objective, tuple(sequences), spec.backend)
     bank = scoring.bank(spec.devices[0])
     banks = {"made_of": made_of, "models": {label: folder.name for label, folder in folders.items()}}
