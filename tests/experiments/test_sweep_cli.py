@@ -57,6 +57,7 @@ set = { model = "owner/mamba2-none" }
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_of_tiny_models_to_its_report(
     tiny_models_here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_sweep_of_tiny_models_to_its_report(
     assert "Traceback" not in RunsFolder.at("out").log_file("hub").read_text()
     for precision in ("w4a8", "w8a8"):
         assert (here / f"p/s/default/quamba2-tiny-{precision}/config.json").is_file()
+    assert list((here / "out/work").rglob("*.safetensors"))  # a run has failed, so what they share is kept
     again = run(sweep, "tiny.toml", "--out", "out")
     assert again.stdout.startswith("0 done, 1 failed, 2 skipped in ")
     full = run(
@@ -80,6 +82,11 @@ def test_a_sweep_of_tiny_models_to_its_report(
     assert "its result is of max_windows 2, asked is None" in full.stderr
     assert "--max_windows" not in full.stdout
     told = run(report, "out", "--json")
+    (here / "tiny.toml").write_text(TINY.split("[[run]]")[0])
+    assert run(sweep, "tiny.toml", "--out", "out", "--keep_work").exit_code == 0
+    assert (here / "out/work").is_dir()
+    assert run(sweep, "tiny.toml", "--out", "out").exit_code == 0
+    assert not (here / "out/work").exists()
     runs = {one["name"]: one for one in json.loads(told.stdout)["runs"]}
     assert [one["state"] for one in runs.values()] == ["done", "done", "failed"]
     (value,) = runs["s/default/quamba2-tiny-w8a8"]["values"][1:]

@@ -42,6 +42,7 @@ EXIT_FAILED_RUNS = 1
 @click.option("--force", is_flag=True, help="Quantize again where the stored model is another one.")
 @click.option("--full", is_flag=True, help="All samples and windows: without limit, max_windows and testing.")
 @click.option("--offline", is_flag=True, help="Take from the hub what is in its cache, without asking it.")
+@click.option("--keep_work", is_flag=True, help="Keep what runs share when all of them are done.")
 @click.option("--no_sharing", is_flag=True, help="Keep no results of stages for other runs.")
 @click.option("--out", metavar="DIR", help="Results and logs. Default: runs/NAME-OF-THE-SWEEP.")
 def command(
@@ -55,6 +56,7 @@ def command(
     force: bool,
     full: bool,
     offline: bool,
+    keep_work: bool,
     no_sharing: bool,
     out: str | None,
 ) -> int:
@@ -78,7 +80,7 @@ def command(
     if folder.path.exists() and not folder.path.is_dir():
         raise QuambaError(f"--out '{folder.path}' is a file, expected a folder.")
     plan = make_plan(sweep, folder)
-    _show_plan(plan, retry_failed)
+    _show_plan(plan, retry_failed, not no_sharing)
     if dry_run:
         for run in plan.runs:
             click.echo(f"python main.py {shlex.join(run.spec.arguments)}")
@@ -88,11 +90,13 @@ def command(
         summary = run_sweep(
             plan, chosen, say, retry_failed=retry_failed, force=force, share=not no_sharing, offline=offline
         )
+        if not (summary.failed or only or keep_work):
+            folder.clear_work()
     _show_summary(plan, summary)
     return EXIT_FAILED_RUNS if summary.failed else 0
 
 
-def _show_plan(plan: Plan, retry_failed: bool) -> None:
+def _show_plan(plan: Plan, retry_failed: bool, share: bool) -> None:
     """On stderr: stdout is for command lines and results."""
     from quamba.experiments.sweep import said_bytes, said_seconds
 
@@ -110,26 +114,31 @@ def _show_plan(plan: Plan, retry_failed: bool) -> None:
     for run in plan.runs:
         if run.reason:
             say(f"{run.name}: {run.reason}")
+    say(_totals(plan, retry_failed, share))
+    if not retry_failed and plan.of_state("failed"):
+        say("Runs that failed before are left out; --retry_failed runs them again.")
+
+
+def _totals(plan: Plan, retry_failed: bool, share: bool) -> str:
+    """``20 runs (9 done), 11 to run. Disk for models: ...``"""
+    from quamba.experiments.sweep import said_bytes, said_seconds
+
     due = plan.due(retry_failed)
-    counts = ", ".join(
-        f"{len(found)} {said}"
-        for state, said in (("done", "done"), ("failed", "failed before"), ("stored", "with a stored model"))
-        if (found := [run for run in plan.runs if run.state == state])
-    )
-    times = [run.seconds for run in due if run.seconds is not None]
-    time = (
-        said_seconds(sum(times)) if times and len(times) == len(due) else "not known before a run is finished"
-    )
+    said = {"done": "done", "failed": "failed before", "stored": "with a stored model"}
+    states = [run.state for run in plan.runs]
+    counts = [f"{states.count(state)} {words}" for state, words in said.items() if state in states]
+    done = f" ({', '.join(counts)})" if counts else ""
+    line = f"{len(plan.runs)} runs{done}, {len(due)} to run."
     if not due:
-        time = "none"
-    say(
-        f"{len(plan.runs)} runs{f' ({counts})' if counts else ''}, {len(due)} to run. Disk for models: "
-        f"{said_bytes(plan.disk_bytes)}. Memory of the largest, without activations: "
-        f"{said_bytes(max((run.memory_bytes or 0 for run in due), default=0) or None)}. "
+        return line
+    disk = said_bytes(plan.disk_bytes) + (", about as much for what they share" if share else "")
+    memory = said_bytes(max((run.memory_bytes or 0 for run in due), default=0) or None)
+    times = [run.seconds for run in due if run.seconds is not None]
+    time = said_seconds(sum(times)) if len(times) == len(due) else "not known before a run is finished"
+    return (
+        f"{line} Disk for models: {disk}. Memory of the largest, without activations: {memory}. "
         f"Time, one after another: {time}."
     )
-    if not retry_failed and any(run.state == "failed" for run in plan.runs):
-        say("Runs that failed before are left out; --retry_failed runs them again.")
 
 
 def _show_summary(plan: Plan, summary: Summary) -> None:

@@ -63,6 +63,13 @@ class RunsFolder:
     def keep_failure(self, name: str, sentence: str, arguments: tuple[str, ...]) -> None:
         _write(self.failure_file(name), {"name": name, "sentence": sentence, "arguments": list(arguments)})
 
+    def clear_work(self) -> None:
+        """Remove what runs share."""
+        if self.work.is_dir():
+            from quamba.quantization.work import WorkFolder
+
+            WorkFolder(self.work).clear()
+
     def keep_plan(self, record: Mapping[str, Any]) -> None:
         _write(self.plan_file, {"format": FORMAT, **record})
 
