@@ -61,10 +61,10 @@ def obtain(
     """
     check_calibration  told the calibration text's name before anything is computed; may refuse it
     check_drawn        told the samples drawn from it
-    load_float         instead of ``api.load`` for the float model that is quantized
+    load_float         instead of ``api.open_float`` for the float model that is quantized
     work               where results of stages are kept and found
     """
-    from quamba.api import choose_device, load
+    from quamba.api import choose_device, open_float
     from quamba.checkpoints.source import resolve as resolve_source
     from quamba.checkpoints.stored import stored_format
 
@@ -87,8 +87,8 @@ def obtain(
             say(f"Using the stored model '{job.folder}'.")
             return _timed_load(str(job.folder), device, backend, job.folder)
         check_replaceable(job.folder, force=True)
-    model = (load_float or load)(source, device, backend=backend)
-    return _quantize(model, job, progress, check_drawn, flags.force, work)
+    model = open_float(source) if load_float is None else load_float(source, device, backend=backend)
+    return _quantize(model, job, progress, check_drawn, flags.force, work, device, backend)
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,8 @@ def _quantize(
     check_drawn: Guard,
     overwrite: bool,
     work: WorkFolder | None,
+    device: str,
+    backend: str,
 ) -> Obtained:
     from quamba.api import quantize, save
 
@@ -177,7 +179,9 @@ def _quantize(
         calibration = read_calibration(model, job.calibration)
         check_drawn(calibration, model)
         say(f"Calibrating on {calibration.description}.")
-    small, report = quantize(model, job.recipe, calibration, progress=progress, work=work)
+    small, report = quantize(
+        model, job.recipe, calibration, progress=progress, work=work, device=device, backend=backend
+    )
     progress.close()
     if job.folder is None:
         say("The quantized model is kept in memory only; --pretrained_dir DIR stores it.")
