@@ -12,6 +12,7 @@ from quamba.experiments.state import RunsFolder
 from quamba.models.config import Mamba2Config
 
 MIB = 2**20
+SIZES = ("130m", "370m", "1.4b", "2.8b")
 
 
 def test_a_plan_needs_no_weights(repo_root: Path, here: Path) -> None:
@@ -98,4 +99,7 @@ def test_what_is_kept_of_a_plan_reads_back(repo_root: Path, here: Path) -> None:
     folder.keep_plan(plan_record(plan))
     runs = folder.plan()["runs"]
     assert [tuple(run["arguments"]) for run in runs] == [run.spec.arguments for run in plan.runs]
+    some = make_plan(plan.sweep, folder, ["quamba1/pa-1"])
+    assert [run.name for run in some.runs] == [f"quamba1/pa-1/quamba-{s}-w8a8" for s in SIZES]
+    assert len(plan_record(some)["runs"]) == 20
     assert runs[0]["expected"][0]["value"] == 40.61

@@ -100,7 +100,8 @@ def test_runs_of_a_model_share_a_process(here: Path) -> None:
     by_process: dict[int, set[str]] = {}
     for process, name in diary(here / "out"):
         by_process.setdefault(process, set()).add(name.split("/")[0])
-    assert sorted(map(sorted, by_process.values())) == [["x"], ["y"]]
+    assert all(len(models) == 1 for models in by_process.values())
+    assert len(by_process) in (2, 3)  # one that is done with its model may help the other
 
 
 def test_a_second_sweep_is_kept_out(here: Path) -> None:

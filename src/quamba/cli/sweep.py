@@ -39,7 +39,7 @@ EXIT_FAILED_RUNS = 1
 @click.option("--ray_address", metavar="HOST:PORT", help="A running cluster. Default: one for this sweep.")
 @click.option("--only", multiple=True, metavar="NAME", help="These runs, or all under NAME; may be repeated.")
 @click.option("--retry_failed", is_flag=True, help="Runs that failed before, too.")
-@click.option("--force", is_flag=True, help="Quantize again where the stored model is another one.")
+@click.option("--force", is_flag=True, help="Quantize again and replace stored models.")
 @click.option("--full", is_flag=True, help="All samples and windows: without limit, max_windows and testing.")
 @click.option("--offline", is_flag=True, help="Take from the hub what is in its cache, without asking it.")
 @click.option("--keep_work", is_flag=True, help="Keep what runs share when all of them are done.")
@@ -75,11 +75,10 @@ def command(
         raise QuambaError("--ray_address has no effect on the local engine, expected --engine ray with it.")
     if full:
         sweep = sweep.with_flags(**dict.fromkeys(SUBSET))
-    sweep = sweep.only(only)
     folder = RunsFolder.at(out or Path("runs") / sweep.name)
     if folder.path.exists() and not folder.path.is_dir():
         raise QuambaError(f"--out '{folder.path}' is a file, expected a folder.")
-    plan = make_plan(sweep, folder)
+    plan = make_plan(sweep, folder, only)
     _show_plan(plan, retry_failed, not no_sharing)
     if dry_run:
         for run in plan.runs:

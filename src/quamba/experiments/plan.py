@@ -52,7 +52,10 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """runs in the order of the file"""
+    """
+    sweep  all of the file
+    runs   those that are wanted, in the order of the file
+    """
 
     sweep: Sweep
     folder: RunsFolder
@@ -79,12 +82,15 @@ class Plan:
         return sum(known) if known or not sizes else None
 
 
-def make_plan(sweep: Sweep, folder: RunsFolder) -> Plan:
-    """Compare what is asked for with what is there."""
+def make_plan(sweep: Sweep, folder: RunsFolder, only: Sequence[str] = ()) -> Plan:
+    """Compare what is asked for with what is there.
+
+    only  names of runs, or what names begin with up to a ``/``; none: all
+    """
     configs: dict[str, ModelConfig | None] = {}
     sizes = _Sizes()
     runs = []
-    for spec in sweep.runs:
+    for spec in sweep.only(only).runs:
         if spec.model not in configs:
             configs[spec.model] = known_config(spec.model)
         runs.append(_planned(spec, folder, configs[spec.model], sizes))
@@ -243,7 +249,7 @@ def _with_seconds(run: PlannedRun, timed: Timed) -> PlannedRun:
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
-    """What ``sweep.json`` holds."""
+    """What ``sweep.json`` holds: all runs of the sweep, also those that are not wanted now."""
 
     def one(run: RunSpec) -> dict[str, Any]:
         expected = [dataclasses.asdict(value) for value in run.expected]
@@ -253,5 +259,5 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "name": plan.sweep.name,
         "title": plan.sweep.title,
         "file": plan.sweep.file,
-        "runs": [one(run.spec) for run in plan.runs],
+        "runs": [one(run) for run in plan.sweep.runs],
     }

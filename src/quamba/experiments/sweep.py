@@ -50,7 +50,7 @@ def run_sweep(
     """Do what is due. Failed runs that are left out count as failed, finished ones as skipped.
 
     tell   is given one line at a time
-    force  quantize again where another model is stored
+    force  quantize again what is stored
     """
     due = plan.due(retry_failed)
     summary = Summary(skipped=[run.name for run in plan.of_state("done")])
