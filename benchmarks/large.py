@@ -45,7 +45,7 @@ from quamba.profiling.machine import hardware_name
 from quamba.quantization.memory import parse_size
 from quamba.quantization.work import WorkFolder
 from quamba.recipes.plan import resolve
-from quamba.recipes.recipe import Recipe
+from quamba.recipes.recipe import HeadGroups, Recipe
 from quamba.recipes.skeleton import skeleton
 
 STAGES = ("make", "quantize", "draw", "load", "generate")
@@ -311,6 +311,11 @@ def _recipe(options: argparse.Namespace, config: ModelConfig) -> Recipe:
         quantize_lm_head=True,
     )
     recipe, _ = recipe_from_flags(flags, config)
+    assert isinstance(config, Mamba2Config)
+    if (
+        config.nheads // config.ngroups < HeadGroups().heads
+    ):  # of models that are smaller than any published one
+        recipe = recipe.replace(group_heads=HeadGroups(heads=config.nheads // config.ngroups))
     if options.refinements is None:
         return recipe
     return recipe.replace(solver=dataclasses.replace(recipe.solver, refinements=options.refinements))
