@@ -20,6 +20,22 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         RayEngine()
 
 
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("nowhere", "--ray_address is 'nowhere', expected HOST:PORT"),
+        ("ray://h:1", "--ray_address is 'ray://h:1', expected HOST:PORT"),
+        ("127.0.0.1:1", "No Ray cluster answers at '127.0.0.1:1' (Connection refused); start one with"),
+    ],
+)
+def test_a_cluster_that_is_not_there(here: Path, address: str, sentence: str) -> None:
+    pytest.importorskip("ray", reason="the package 'ray' is not installed")
+    job = Job("a", ("m", "--quantize"), "m", "out", os.getcwd(), runner=f"{MODULE}:measure")
+    with pytest.raises(QuambaError) as caught:
+        RayEngine(1, address).run([job], lambda job: None, lambda done: None)
+    assert str(caught.value).startswith(sentence)
+
+
 @pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(here: Path) -> None:
     pytest.importorskip("ray", reason="the package 'ray' is not installed")

@@ -8,6 +8,7 @@ the working folder under the same path.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -25,6 +26,7 @@ from quamba.experiments.state import RunsFolder
 
 #: How often a run is taken up again after its process has died.
 RETRIES = 3
+_PATIENCE_S = 5.0
 
 
 @dataclass
@@ -67,6 +69,8 @@ class RayEngine:
 
     @contextmanager
     def _cluster(self, ray: Any) -> Iterator[None]:
+        if self.address is not None:
+            _check_answers(self.address)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -99,6 +103,21 @@ class RayEngine:
     def _cpus_each(self) -> int:
         """Here the cores are shared out among the tasks; of a cluster a task takes one."""
         return max(1, cores() // self.processes) if self.address is None else 1
+
+
+def _check_answers(address: str) -> None:
+    """Ray waits for minutes, and in the end ends the process, where nothing answers."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "://" in address:
+        raise QuambaError(f"--ray_address is '{address}', expected HOST:PORT such as '192.168.0.2:6379'.")
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise QuambaError(
+            f"No Ray cluster answers at '{address}' ({reason}); start one with 'ray start --head', or leave "
+            "--ray_address out for one on this machine."
+        ) from None
 
 
 def uses_gpu(job: Job) -> bool:
