@@ -11,8 +11,11 @@ import torch
 from click.testing import Result
 
 import quamba
+from quamba.cli import search as cli
 from quamba.cli.main import main
 from quamba.cli.published import command as published
+from quamba.search.methods.registry import METHODS
+from quamba.search.objective import OBJECTIVES
 
 Run = Callable[..., Result]
 Refused = Callable[..., str]
@@ -103,6 +106,11 @@ def test_refused_models_and_folders(refused: Refused, here: Path) -> None:
     said = refused(main, "search", "mamba2-tiny", "-o", "full", *budget)
     assert said.startswith("'full' is not empty and no folder of a search")
     assert "was not found" in refused(main, "search", "mamba-tinny", "-o", "found", *budget)
+
+
+def test_the_choices_are_those_of_the_library() -> None:
+    assert set(METHODS) == set(cli._METHODS)
+    assert cli._OBJECTIVES == OBJECTIVES
 
 
 def test_a_budget_too_small_names_the_least(run: Run, here: Path) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
+from quamba.errors import QuambaError
 from quamba.search.score import Candidate, Labels, ScoreSome, portions, timed
 
 
@@ -35,8 +37,14 @@ class Pool:
         self._pool = ProcessPoolExecutor(len(devices), context, _begin, (setup, places, threads))
 
     def __call__(self, candidates: Sequence[Labels]) -> Iterator[Candidate]:
-        for found in self._pool.map(_score, portions(candidates, self._processes)):
-            yield from found
+        try:
+            for found in self._pool.map(_score, portions(candidates, self._processes)):
+                yield from found
+        except BrokenProcessPool:
+            raise QuambaError(
+                "A process that scores candidates came to an end, most likely for want of memory; expected"
+                " fewer --processes. What was scored is kept."
+            ) from None
 
     def __enter__(self) -> Pool:
         return self
