@@ -72,7 +72,6 @@ class RayEngine:
         if self.address is not None:
             _check_answers(self.address)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
             if self.address is not None:
@@ -90,11 +89,11 @@ class RayEngine:
                     **quiet,
                 )
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            where = "started here" if self.address is None else f"reached at '{self.address}'"
+            where, hint = "started here", "--engine local needs none"
+            if self.address is not None:
+                where, hint = f"reached at '{self.address}'", "set RAY_AUTH_MODE=token if it asks for one"
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise QuambaError(
-                f"No Ray cluster could be {where} ({reason}); --engine local needs none."
-            ) from None
+            raise QuambaError(f"No Ray cluster could be {where} ({reason}); {hint}.") from None
         try:
             yield
         finally:
