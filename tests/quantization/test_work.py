@@ -274,6 +274,8 @@ def test_other_solvers_find_other_weights(change: dict[str, Any]) -> None:
     assert ours.embedding(0) != theirs.embedding(0)
     assert ours.weights(0) != theirs.weights(0)
     assert ours.head(0) != theirs.head(0)
+    bare = [keys(recipe.replace(embedding="float")) for recipe in (wanted, other)]
+    assert bare[0].weights(0) != bare[1].weights(0)
 
 
 def test_a_block_counts_for_those_after_it() -> None:
