@@ -142,3 +142,12 @@ def test_a_missing_file_names_its_neighbour(here: Path) -> None:
     (here / "demo.toml").touch()
     with pytest.raises(QuambaError, match=r"no sweep file 'dem\.toml'\. Did you mean 'demo\.toml'\?"):
         read_sweep("dem.toml")
+
+
+def test_the_example_of_the_documents(repo_root: Path, here: Path) -> None:
+    text = (repo_root / "docs/experiments.md").read_text(encoding="utf-8")
+    (here / "mine.toml").write_text(text.split("```toml\n")[1].split("```")[0])
+    sweep = read_sweep("mine.toml")
+    assert [run.name for run in sweep.runs][-2:] == ["mine/pa-1/quamba2-370m-w8a8", "float/130m"]
+    assert len(sweep.runs) == 9
+    assert sum(len(run.expected) for run in sweep.runs) == 1
