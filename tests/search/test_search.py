@@ -157,9 +157,12 @@ def test_the_front(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
     assert pareto(points) == {0, 2, 4}
     table = rows(searched(tiny("mamba2"), tmp_path / "s"))
     front = [row for row in table if row.front]
+    counts = [row.costs["blocks"] for row in front]
+    assert counts == sorted(set(counts), reverse=True) and counts[-1] == 0.0
+    assert all(row.costs["blocks"] == row.candidate.labels.count("W4A16") for row in table)
     for row in front:
         assert not any(
-            o.costs["weights"] <= row.costs["weights"] and o.candidate.score < row.candidate.score
+            o.costs["blocks"] <= row.costs["blocks"] and o.candidate.score < row.candidate.score
             for o in table
         )
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from quamba.search.result import Row
     from quamba.search.search import Outcome
 
-_UNITS = {"bytes": (2**20, "MiB"), "ms": (1.0, "ms")}
+_UNITS = {"bytes": (2**20, "weights, MiB"), "ms": (1.0, "{}, ms"), "blocks": (1.0, "blocks of {}")}
 _POINT, _FRONT, _CHOSEN = "#bbbbbb", COLOURS[0], COLOURS[1]
 
 
@@ -31,7 +31,8 @@ def pareto(outcome: Outcome, table: Sequence[Row], axis: Limit) -> bytes:
     )
     if axis.most < float("inf"):
         plot.axvline(axis.most / by, color="#444444", linewidth=0.8, linestyle="--", label="budget")
-    plot.set_xlabel(f"{axis.name}, {unit}", fontsize=9)
+    others = " or ".join(outcome.problem.labels[1:])
+    plot.set_xlabel(unit.format(others if axis.unit == "blocks" else axis.name), fontsize=9)
     plot.set_ylabel(outcome.spec.objective.title, fontsize=9)
     plot.legend(fontsize=8, frameon=False)
     return _png(figure)

@@ -35,7 +35,8 @@ class Row:
 
 
 def rows(outcome: Outcome) -> list[Row]:
-    """From the best candidate to the worst. Bytes of weights are always among the costs."""
+    """From the best candidate to the worst. Bytes of weights are always among the costs, and where the budget
+    counts blocks, how many are not of the recipe's own precision."""
     limits = _limits(outcome)
     axis = limits[0].name
     known = [c for c in outcome.candidates if set(c.labels) <= set(outcome.problem.labels)]
@@ -82,8 +83,13 @@ def write_result(outcome: Outcome, folder: Path, *, pictures: bool) -> list[Path
 
 
 def _limits(outcome: Outcome) -> list[Limit]:
-    """Those of the budget, and the bytes of the weights."""
-    limits = list(outcome.problem.limits)
+    """What the budget limits, first of all; then the bytes of the weights."""
+    problem = outcome.problem
+    limits = list(problem.limits)
+    if problem.counts:
+        row = (0.0, *[1.0] * (len(problem.labels) - 1))
+        most = float(sum(problem.counts.values()))
+        limits.append(Limit("blocks", "blocks", most, 0.0, (row,) * problem.n_blocks))
     if all(limit.name != "weights" for limit in limits):
         limits.append(weight_limit(outcome.bank, outcome.problem.labels, float("inf")))
     return limits
