@@ -37,6 +37,7 @@ from quamba.search.methods.registry import METHODS
 from quamba.search.objective import Divergence, kl_sum, shared_walk
 from quamba.search.score import Candidate, CandidateStore, Labels, portions
 from quamba.search.search import Outcome, SearchSpec, search
+from quamba.search.texts import OBJECTIVE_SEQLEN, objective_sequences
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "assets" / "data"
@@ -56,7 +57,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--calib_data_num", type=int, default=128)
     parser.add_argument("--calib_seqlen", type=int, default=256)
-    parser.add_argument("--objective_num", type=int, default=128)
+    parser.add_argument("--objective_num", type=int, default=64)
+    parser.add_argument("--objective_seqlen", type=int, default=OBJECTIVE_SEQLEN)
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument(
         "--every_choice", action="store_true", help="Score all there are on the held-out text."
@@ -86,10 +88,14 @@ def of_model(name: str, arguments: argparse.Namespace) -> tuple[list[dict[str, A
         seed=arguments.seed,
     )
     calibration = load_calibration(spec, model.tokenizer)
-    more = CalibrationSpec(
-        data=spec.data, num=spec.num + arguments.objective_num, seqlen=spec.seqlen, seed=spec.seed
+    tokenizer = model.tokenizer
+    sequences = objective_sequences(
+        lambda more: load_calibration(more, tokenizer),
+        spec,
+        calibration,
+        arguments.objective_num,
+        arguments.objective_seqlen,
     )
-    sequences = load_calibration(more, model.tokenizer).sequences[spec.num :]
     folder = arguments.work / name
 
     def searched(budget: int, method: str) -> Outcome:

@@ -86,6 +86,10 @@ def test_limits_are_printed(run: Run, here: Path) -> None:
         (("--budget", "1xW4A16", "--precisions", "W4A7"), "The precision is 'W4A7', expected one of"),
         (("--budget", "1xW4A16", "--recipe", "w4a9"), "The recipe is 'w4a9', expected one of"),
         (("--budget", "1xW4A16", "--task_list", "arc"), "The objective 'kl' takes no tasks"),
+        (
+            ("--budget", "1xW4A16", "--objective_seqlen", "99"),
+            "--objective_seqlen is 99 and --calib_seqlen is 32,",
+        ),
         (("--budget", "1xW4A16", "--method", "greddy"), "Invalid value for '--method': 'greddy' is not one"),
         (("--budget", "1xW4A16", "--save", "mamba-tiny"), "'mamba-tiny' exists and is not empty"),
         (("--budget", "1xW4A16", "--calib_data", "no.txt"), "no.txt"),

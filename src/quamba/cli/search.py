@@ -69,6 +69,11 @@ def _calibration(function: Any) -> Any:
     show_default=True,
     help="Samples of the calibration text that candidates are scored on, besides those of --calib_data_num.",
 )
+@click.option(
+    "--objective_seqlen",
+    type=click.IntRange(min=2),
+    help="Tokens of such a sample, at most. Default: 1024, or --calib_seqlen where that is more.",
+)
 @click.option("--task_list", metavar="A,B", help="lm-eval's tasks, for --objective accuracy.")
 @click.option("--limit", type=click.IntRange(min=1), help="Samples of each task. Default: all.")
 @_calibration
@@ -215,17 +220,18 @@ def _text_spec(
 def _texts(
     model: Model, spec: SearchSpec, texts: CalibrationSpec, options: dict[str, Any]
 ) -> tuple[CalibrationSet, list[Tensor]]:
-    """Samples that blocks are quantized with, and further ones of the same draw that candidates are scored
-    on: scores on the former would praise what was fitted to them."""
-    import dataclasses
-
+    """Samples that blocks are quantized with, and others that candidates are scored on: scores on the former
+    would praise what was fitted to them."""
     from quamba.cli.obtain import read_calibration
+    from quamba.search.texts import objective_seqlen, objective_sequences
 
+    length = objective_seqlen(options["objective_seqlen"], texts)
     calibration = read_calibration(model, texts)
     if spec.objective.kind == "accuracy":
         return calibration, []
-    more = dataclasses.replace(texts, num=texts.num + options["objective_num"])
-    return calibration, read_calibration(model, more).sequences[texts.num :]
+    return calibration, objective_sequences(
+        lambda more: read_calibration(model, more), texts, calibration, options["objective_num"], length
+    )
 
 
 def _save(outcome: Outcome, loaded: Model, options: dict[str, Any]) -> None:
