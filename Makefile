@@ -23,12 +23,13 @@ NATIVE := native/CMakeLists.txt $(wildcard native/*.h native/*.cpp native/kernel
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint format types bench clean distclean
+.PHONY: help demo test check heavy lint format types bench clean distclean
 
 help:
 	@echo 'make demo [FULL=1]  quantize the bundled Mamba2 model to W4A8, measure it, generate from it'
 	@echo 'make test           lint, types and the whole test suite'
 	@echo 'make check          lint, types and the fast tests'
+	@echo 'make heavy          the tests of the largest sizes: minutes, gigabytes'
 	@echo 'make lint           ruff: rules and formatting, changing nothing'
 	@echo 'make format         ruff: apply both'
 	@echo 'make types          mypy on the package'
@@ -45,6 +46,9 @@ test: lint types
 
 check: lint types
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'not slow'
+
+heavy: $(TEST_STAMP)
+	$(PYTEST) -m heavy
 
 lint: $(TEST_STAMP)
 	$(PY) -m ruff check .

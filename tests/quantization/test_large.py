@@ -66,6 +66,7 @@ def test_batches_of_the_8b_within_8_gib() -> None:
     assert sequences_at_once(CONFIG, 512, 8 * GIB) == 2
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_two_blocks_at_full_width(tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantized from files, saved, loaded, run; rows of the vocabulary beyond the last token are padding."""

@@ -58,6 +58,7 @@ def scratch(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_the_8b_at_full_width(scratch: Path) -> None:
     (scratch / "v.model").write_bytes(sentencepiece_model(256_000))

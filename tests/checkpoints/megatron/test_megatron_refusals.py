@@ -99,13 +99,22 @@ def test_a_function_of_an_allowed_package_is_not_run_either(
     assert Path(target).exists()
 
 
-@pytest.mark.parametrize("name", ["eval", "exec", "getattr", "__import__"])
+@pytest.mark.parametrize("name", ["eval", "exec", "setattr", "__import__"])
 def test_builtins_are_refused(root: Path, vocabulary: Path, name: str) -> None:
     import builtins
 
     call = Call(getattr(builtins, name), "1")
     edit(root / RANK.format(1) / FILE, lambda content: content.update(extra=call))
     assert f"its pickle names 'builtins.{name}'" in refusal(root, vocabulary)
+
+
+def test_getattr_looks_nothing_up(root: Path, vocabulary: Path) -> None:
+    """Python 3.11.0 to 3.11.3 write an enum as getattr(its class, its name)."""
+    call = Call(getattr, Path, "no such attribute")
+    edit(root / RANK.format(0) / FILE, lambda content: content.update(extra=call))
+    assert len(open_megatron(root, vocabulary).ranks) == 2
+    with training_classes(), pytest.raises(AttributeError):
+        torch.load(root / RANK.format(0) / FILE, weights_only=False)
 
 
 def test_a_class_in_the_place_of_a_tensor(root: Path, vocabulary: Path) -> None:

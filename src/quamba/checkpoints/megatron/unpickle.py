@@ -23,6 +23,7 @@ _INERT_PACKAGES = ("megatron", "transformer_engine", "apex", "numpy")
 _INERT_CLASSES = frozenset(
     {
         "_io.BytesIO",
+        "builtins.getattr",  # of enums, as Python 3.11.0 to 3.11.3 write them; an Inert looks nothing up
         "datetime.timedelta",
         "pathlib.Path",
         "pathlib.PosixPath",
