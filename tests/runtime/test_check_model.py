@@ -32,7 +32,7 @@ def test_the_reference_is_right() -> None:
     assert [c.case for c in checks] == [
         f"{family} {recipe}, prompt and 8 steps"
         for family in ("mamba", "mamba2")
-        for recipe in ("w8a8", "w4a8", "w4a16")
+        for recipe in ("w8a8", "w4a8", "w4a16", "w4ax")
     ]
     assert [c for c in checks if not c.passed] == []
 
@@ -57,7 +57,7 @@ def test_nothing_runs_on_a_gpu_that_has_failed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(check_model, "is_usable", lambda device: False)
     first, *rest = check_models(broken("linear", float("nan")), CPU)
     assert first.passed is False and "logits are not finite" in first.detail
-    assert [c.passed for c in rest] == [None] * 5
+    assert [c.passed for c in rest] == [None] * 7
 
 
 def test_graphs_are_compared_with_eager_runs(monkeypatch: pytest.MonkeyPatch) -> None:

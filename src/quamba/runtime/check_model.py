@@ -19,7 +19,7 @@ from quamba.kernels.registry import REFERENCE, Kernels
 from quamba.models.config import Mamba2Config, MambaConfig, ModelConfig
 from quamba.models.lm import MambaLM
 from quamba.quantization.pipeline import quantize_model
-from quamba.recipes.recipe import Recipe, Solver, load_recipe
+from quamba.recipes.recipe import Override, Recipe, Solver, load_recipe
 from quamba.runtime.decode import decode_step
 from quamba.runtime.graph import DecodeGraph
 from quamba.runtime.prefill import prefill
@@ -28,8 +28,8 @@ from quamba.runtime.step import step_of
 _BATCH, _PROMPT, _STEPS = 2, 37, 8
 #: Root mean square of the error of logits over that of logits. A code behind a float may move by one and then
 #: moves others (0.027 with float16); an op that gives nothing costs 0.2 to 1.
-_TOLERANCES = {"w8a8": 0.06, "w4a8": 0.06, "w4a16": 0.01}
-_STATES = {"w8a8": "int8", "w4a8": "fp16", "w4a16": "fp16"}
+_TOLERANCES = {"w8a8": 0.06, "w4a8": 0.06, "w4a16": 0.01, "w4ax": 0.06}
+_STATES = {"w8a8": "int8", "w4a8": "fp16", "w4a16": "fp16", "w4ax": "fp16"}
 #: Prompts run the same kernels in graphs, but libraries may choose another algorithm for a float product.
 _GRAPH_TOLERANCE = 0.01
 
@@ -48,10 +48,10 @@ class _Random:
 
 
 def check_models(kernels: Kernels, device: torch.device, share: slice | None = None) -> list[Check]:
-    """A prompt and 8 steps of both families in W8A8 (int8 state), W4A8 and W4A16, and their CUDA graphs where
-    the kernels are a GPU's own. No failure raises.
+    """A prompt and 8 steps of both families in W8A8 (int8 state), W4A8, W4A16 and W4AX (the second block at
+    W4A16, the others at W4A8), and their CUDA graphs where the kernels are a GPU's own. No failure raises.
 
-    share  of the six models; None: all
+    share  of the models; None: all
     """
     checks: list[Check] = []
     alive = True
@@ -155,9 +155,10 @@ def _quantized(config: ModelConfig, recipe: str) -> MambaLM:
 
 def _recipe(name: str) -> Recipe:
     """The shipped recipe without its solver, which is slow and gives weights of the same format."""
-    recipe = load_recipe(name)
+    recipe = load_recipe("w4a8" if name == "w4ax" else name)
     blocks = dataclasses.replace(recipe.blocks, state=_STATES[name])
-    return recipe.replace(blocks=blocks, solver=Solver(kind="rtn", scale="absmax"))
+    mixed = (Override(blocks=(1,), precision=load_recipe("w4a16").blocks),) if name == "w4ax" else ()
+    return recipe.replace(blocks=blocks, overrides=mixed, solver=Solver(kind="rtn", scale="absmax"))
 
 
 def _random_model(config: ModelConfig) -> MambaLM:
