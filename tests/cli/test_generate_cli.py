@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 import quamba
 import quamba.cli.memory as memory
+import quamba.quantization.memory as system
 from quamba.cli.generation import Rows, benchmark
 from quamba.cli.main import main
 from quamba.runtime.generate import Generation
@@ -182,7 +183,7 @@ def test_bad_arguments(refused: Refused, here: Path, arguments: tuple[object, ..
     assert sentence in refused(main, "generate", "mamba2-tiny", *arguments)
 
 
-@pytest.mark.skipif(not memory._MEMINFO.exists(), reason="reads how much memory is free from /proc/meminfo")
+@pytest.mark.skipif(not system._MEMINFO.exists(), reason="reads how much memory is free from /proc/meminfo")
 def test_prompts_that_no_memory_holds(refused: Refused, here: Path) -> None:
     sentence = refused(main, "generate", "mamba2-tiny", "--promptlen", 10**13)
     assert sentence.startswith("--promptlen 10000000000000 needs at least 447,034.8 GiB for 1 prompt, and ")
@@ -197,11 +198,11 @@ def test_no_prompt_on_standard_input(refused: Refused, here: Path) -> None:
 
 
 def test_memory_that_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    assert memory.free_bytes() is None
+    monkeypatch.setattr(system, "_MEMINFO", tmp_path / "meminfo")
+    assert system.free_bytes() is None
     memory.check_prompt_memory(1, 10**15, "--promptlen")
     (tmp_path / "meminfo").write_text("MemTotal:  9 kB\nMemAvailable:    480 kB\n")
-    assert memory.free_bytes() == 480 * 1024
+    assert system.free_bytes() == 480 * 1024
     memory.check_prompt_memory(2, 5120, "--promptlen")
     with pytest.raises(quamba.QuambaError, match="expected at most 5,120 tokens"):
         memory.check_prompt_memory(2, 5121, "--promptlen")

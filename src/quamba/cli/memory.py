@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from quamba.errors import QuambaError
 
 # An id as a Python integer in a list, and in the tensors made of it.
 _ID_BYTES = 48
-_MEMINFO = Path("/proc/meminfo")
 
 
 def check_prompt_memory(batch: int, length: int, option: str) -> None:
     """Refuse random prompts whose ids alone need more memory than is free; ``option`` gave the length."""
+    from quamba.quantization.memory import free_bytes
+
     free, needed = free_bytes(), _ID_BYTES * batch * length
     if free is not None and needed > free:
         raise QuambaError(
@@ -20,13 +19,3 @@ def check_prompt_memory(batch: int, length: int, option: str) -> None:
             f"prompt{'' if batch == 1 else 's'}, and {free / 2**30:,.1f} GiB are free; "
             f"expected at most {free // (_ID_BYTES * batch):,} tokens."
         )
-
-
-def free_bytes() -> int | None:
-    """Memory that programs could still have; None where the system does not say."""
-    try:
-        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(found[0]) if found else None

@@ -4,7 +4,7 @@ RUNS/sweep.json             the runs that were asked for, with their expected va
 RUNS/results/NAME.json      of a finished run: its log, and under "sweep" what was asked
 RUNS/failures/NAME.json     of one that failed: the sentence
 RUNS/logs/NAME.log          all that a run printed, attempts one after another
-RUNS/work/                  results of stages that runs share
+RUNS/work                   results of stages that runs share
 """
 
 from __future__ import annotations
