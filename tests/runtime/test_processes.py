@@ -10,6 +10,7 @@ import torch
 from quamba.kernels.cases import all_cases
 from quamba.kernels.registry import REFERENCE
 from quamba.runtime import check_ahead
+from quamba.runtime.check_model import checked_models
 from quamba.runtime.processes import run_side_by_side
 
 
@@ -37,8 +38,9 @@ def test_time_is_bounded() -> None:
 
 
 def test_shares_are_all_of_the_checks() -> None:
-    cpu = torch.device("cpu")
-    jobs = 40
-    counts = [check_ahead.check_share(REFERENCE, cpu, number, jobs) for number in (0, 5, 6, 39)]
-    cases = [len(all_cases("cpu")[number::jobs]) for number in (0, 5, 6, 39)]
-    assert [count - case for count, case in zip(counts, cases, strict=True)] == [1, 1, 0, 0]
+    cpu, jobs = torch.device("cpu"), 40
+    models = len(checked_models())
+    assert models == 8
+    for number, with_model in ((0, 1), (models - 1, 1), (models, 0), (jobs - 1, 0)):
+        cases = len(all_cases("cpu")[number::jobs])
+        assert check_ahead.check_share(REFERENCE, cpu, number, jobs) == cases + with_model

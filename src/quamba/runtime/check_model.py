@@ -56,7 +56,7 @@ def check_models(kernels: Kernels, device: torch.device, share: slice | None = N
     checks: list[Check] = []
     alive = True
     graphs = device.type == "cuda" and kernels.name != "reference"
-    models = [(config, recipe) for config in _configs() for recipe in _TOLERANCES]
+    models = checked_models()
     for config, recipe in models if share is None else models[share]:
         case = f"{config.family} {recipe}"
         comparisons = {f"{case}, prompt and {_STEPS} steps": _compare}
@@ -69,6 +69,11 @@ def check_models(kernels: Kernels, device: torch.device, share: slice | None = N
             checks.append(_check(name, partial(compare, config, recipe, kernels, device)))
             alive = bool(checks[-1].passed) or is_usable(device)
     return checks
+
+
+def checked_models() -> list[tuple[ModelConfig, str]]:
+    """The models of :func:`check_models` in their order, each a shape and a precision."""
+    return [(config, recipe) for config in _configs() for recipe in _TOLERANCES]
 
 
 def _check(name: str, compare: Callable[[], str]) -> Check:
