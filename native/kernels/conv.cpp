@@ -109,6 +109,9 @@ static void walk(const QbConv &op, int64_t b, int64_t first, int count, int64_t 
     vf a = before[0], c = before[1], d = before[2];
     for (int64_t t = start; t < stop; ++t) {
         const bool kept = !mask || mask[t];
+        // The next channels of a token: its neighbours in memory are of other tokens, where no processor looks ahead.
+        __builtin_prefetch(x + t * x_step + kLine);
+        __builtin_prefetch(y + t * y_step + kLine, 1);
         vf v = read<IN, WHOLE>(x + t * x_step, count);
         if (!kept) v = vf{};
         vf out = filter(a, c, d, v);

@@ -98,7 +98,7 @@ static void paley(const QbGatedNorm &a, const float *v, float *out, int64_t size
         }
 }
 
-/// The rotation of v; where it lies afterwards, v or other.
+/// The rotation of v, but for its factor 1 / sqrt(columns); where it lies afterwards, v or other.
 static float *rotate(const QbGatedNorm &a, float *v, float *other) {
     const int64_t m = a.paley_order, size = a.columns / m;
     for (int64_t i = 0; i < m; ++i) sylvester(v + i * size, size);
@@ -107,32 +107,39 @@ static float *rotate(const QbGatedNorm &a, float *v, float *other) {
         paley(a, v, other, size);
         from = other;
     }
-    const float scale = (float)(1.0 / __builtin_sqrt((double)a.columns));
-    for (int64_t i = 0; i < padded(a.columns); i += kFloats) store(from + i, loadf(from + i) * scale);
     return from;
+}
+
+static float *scaled(float *v, int64_t count) {
+    const float scale = (float)(1.0 / __builtin_sqrt((double)count));
+    for (int64_t i = 0; i < padded(count); i += kFloats) store(v + i, loadf(v + i) * scale);
+    return v;
 }
 
 /// Channels that are gated at a time: what is read of z stays in the L1 cache beside all of v.
 constexpr int64_t kPiece = 512;
 
-/// v *= silu(z) of one row.
-static void gate(const QbGatedNorm &a, int64_t row, float *v) {
+/// v = x * silu(z) of one row, v may be x; the sum of its squares. x: whole vectors, zeros at the end.
+static float gate(const QbGatedNorm &a, int64_t row, const float *x, float *v) {
     float z[kPiece];
+    vf squares = {};
     for (int64_t first = 0; first < a.columns; first += kPiece) {
         const int64_t count = least(kPiece, a.columns - first);
         for (int64_t i = count; i < padded(count); ++i) z[i] = 0.0f;
         read_row(z, a.z, 0, row, first, count);
-        for (int64_t i = 0; i < count; i += kFloats)
-            store(v + first + i, loadf(v + first + i) * vsilu(loadf(z + i)));
+        for (int64_t i = 0; i < count; i += kFloats) {
+            const vf y = loadf(x + first + i) * vsilu(loadf(z + i));
+            store(v + first + i, y);
+            squares += y * y;
+        }
     }
+    return sum(squares);
 }
 
-/// v / sqrt(mean(v^2) + eps) * weight, in place.
-static void normalise(float *v, const float *weight, int64_t count, float eps) {
-    const int64_t whole = count / kFloats * kFloats;
+static float squares_of(const float *v, int64_t count) {
     vf squares = {}, more = {};
     int64_t i = 0;
-    for (; i + kFloats < whole; i += 2 * kFloats) {
+    for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
         squares += loadf(v + i) * loadf(v + i);
         more += loadf(v + i + kFloats) * loadf(v + i + kFloats);
     }
@@ -140,10 +147,36 @@ static void normalise(float *v, const float *weight, int64_t count, float eps) {
         const vf x = load_upto(v + i, count - i);
         squares += x * x;
     }
-    const float factor = 1.0f / __builtin_sqrtf(sum(squares + more) / (float)count + eps);
-    for (i = 0; i < whole; i += kFloats)
+    return sum(squares + more);
+}
+
+/// v / sqrt(mean of squares + eps) * weight * scale, in place.
+static void normalise(float *v, const float *weight, int64_t count, float squares, float eps, float scale) {
+    const float factor = scale / __builtin_sqrtf(squares / (float)count + eps);
+    int64_t i = 0;
+    for (; i + kFloats <= count; i += kFloats)
         store(v + i, loadf(v + i) * factor * (weight ? loadf(weight + i) : splat(1.0f)));
     for (; i < count; ++i) v[i] *= factor * (weight ? weight[i] : 1.0f);
+}
+
+/// What a.rotate and the norm before it leave of one row: in v or other. y: the row as floats, or v.
+static const float *norm_row(const QbGatedNorm &a, int64_t row, const float *y, float *v, float *other) {
+    const int64_t n = a.columns;
+    // The rotation's factor goes with that of the norm.
+    const float scale = a.rotate ? (float)(1.0 / __builtin_sqrt((double)n)) : 1.0f;
+    if (!a.norm_before_gate) {
+        const float squares = gate(a, row, y, v);
+        for (int64_t g = 0; g < n; g += a.group_size)
+            normalise(v + g, a.weight ? a.weight + g : nullptr, a.group_size,
+                      a.group_size == n ? squares : squares_of(v + g, a.group_size), a.eps, scale);
+    } else {
+        if (y != v) __builtin_memcpy(v, y, (size_t)(4 * n));
+        for (int64_t g = 0; g < n; g += a.group_size)
+            normalise(v + g, a.weight ? a.weight + g : nullptr, a.group_size, squares_of(v + g, a.group_size), a.eps,
+                      scale);
+        gate(a, row, v, v);
+    }
+    return a.rotate ? rotate(a, v, other) : v;
 }
 
 void gated_norm(const void *args) {
@@ -156,14 +189,14 @@ void gated_norm(const void *args) {
         for (int64_t i = n; i < whole; ++i) v[i] = other[i] = 0.0f;
         const int64_t end = least((part + 1) * together, a.rows);
         for (int64_t row = part * together; row < end; ++row) {
-            read_row(v, a.y, 0, row, 0, n);
-            if (a.z.data) {
-                if (!a.norm_before_gate) gate(a, row, v);
-                for (int64_t g = 0; g < n; g += a.group_size)
-                    normalise(v + g, a.weight ? a.weight + g : nullptr, a.group_size, a.eps);
-                if (a.norm_before_gate) gate(a, row, v);
-            }
-            const float *result = a.rotate ? rotate(a, v, other) : v;
+            const bool floats = a.z.data && a.y.dtype == QB_F32 && n == whole;
+            const float *y = floats ? (const float *)at(a.y, 0, row) : v;
+            if (!floats) read_row(v, a.y, 0, row, 0, n);
+            const float *result = v;
+            if (a.z.data)
+                result = norm_row(a, row, y, v, other);
+            else if (a.rotate)
+                result = scaled(rotate(a, v, other), n);
             write_row(a.out, 0, row, 0, n, result, a.rounding, a.overflow);
         }
     });

@@ -274,8 +274,8 @@ Few prepare_few(const QbLinear &p, const Cut &cut) {
 }
 
 // Sums of a row of w with some rows of x, a vector each that is still to be added up: total [rows].
-// scales [segments]; blocks_known 0: any number of blocks. One row at a time keeps memory in one stream, which is
-// twice as fast as two.
+// scales [segments], of one row of floats times those of x; blocks_known 0: any number of blocks. One row at a time
+// keeps memory in one stream, which is twice as fast as two.
 template <Way way, int bits, int rows, bool planes, bool at_end, int blocks_known>
 QB_INLINE void few_totals(const QbLinear &p, const Cut &cut, const Few &few, int64_t output, int64_t row,
                           const float *scales, vf *total) {
@@ -323,7 +323,8 @@ QB_INLINE void few_totals(const QbLinear &p, const Cut &cut, const Few &few, int
         }
         for (int i = 0; i < rows; ++i) {
             if constexpr (planes)
-                sums[i] += to_float((acc[2 * i] << 7) + acc[2 * i + 1]) * (scales[s] * x_scales[i * segments + s]);
+                sums[i] += to_float((acc[2 * i] << 7) + acc[2 * i + 1]) *
+                           (rows == 1 ? scales[s] : scales[s] * x_scales[i * segments + s]);
             else
                 sums[i] += to_float(acc[i]) * scales[s];
         }
@@ -390,6 +391,10 @@ void few_part(const QbLinear &p, const Cut &cut, const Few &few, int64_t first, 
             const int64_t count = least(kFloats, last - start);
             vf totals[rows][kFloats] = {};
             segment_scales(p, cut, start, count, all_scales);
+            if (planes && rows == 1)
+                for (int64_t o = 0; o < count; ++o)
+                    for (int64_t g = 0; g < cut.segments; ++g)
+                        all_scales[o * cut.segments + g] *= few.scales[row * cut.segments + g];
             for (int64_t o = 0; o < count; ++o) {
                 const int64_t output = start + o;
                 const float *scales = all_scales + o * cut.segments;
@@ -545,7 +550,7 @@ QB_INLINE void outer(const Cut &cut, const Many &many, const Tile &tile, int64_t
     const int8_t *x = many.x + line * cut.line;
     const int32_t *begin = many.begin + line * cut.segments;
     constexpr int rows = planes ? kTileRows / 2 : kTileRows;
-    vf total[rows][kTileVectors];
+    vf total[rows][kTileVectors] = {};
     for (int64_t s = 0; s < cut.segments; ++s) {
         const uint8_t *w = tile.w + s * many.steps * 4 * kTileOutputs;
         const int8_t *in = x + s * many.steps * 4;
@@ -554,7 +559,11 @@ QB_INLINE void outer(const Cut &cut, const Many &many, const Tile &tile, int64_t
             for (int v = 0; v < kTileVectors; ++v) acc[i][v] = spliti(begin[i * cut.segments + s]);
         for (int64_t k = 0; k < many.steps; ++k) {
             vu column[kTileVectors];
-            for (int v = 0; v < kTileVectors; ++v) column[v] = load<vu>(w + (k * kTileVectors + v) * kBytes);
+            for (int v = 0; v < kTileVectors; ++v) {
+                const uint8_t *at = w + (k * kTileVectors + v) * kBytes;
+                column[v] = load<vu>(at);
+                __builtin_prefetch(at + 2304);  // a tile is larger than the L1 cache
+            }
             for (int i = 0; i < kTileRows; ++i) {
                 const vb four = splat4(in + i * cut.line + 4 * k);
                 for (int v = 0; v < kTileVectors; ++v) acc[i][v] = dot_weight<bits>(acc[i][v], column[v], four);
@@ -564,13 +573,11 @@ QB_INLINE void outer(const Cut &cut, const Many &many, const Tile &tile, int64_t
         for (int v = 0; v < kTileVectors; ++v) by[v] = loadf(tile.scales + s * kTileOutputs + v * kFloats);
         for (int i = 0; i < rows; ++i)
             for (int v = 0; v < kTileVectors; ++v) {
-                vf part;
                 if constexpr (planes)
-                    part = to_float((acc[2 * i][v] << 7) + acc[2 * i + 1][v]) *
-                           (by[v] * many.scales[(line / 2 + i) * cut.segments + s]);
+                    total[i][v] += to_float((acc[2 * i][v] << 7) + acc[2 * i + 1][v]) *
+                                   (by[v] * many.scales[(line / 2 + i) * cut.segments + s]);
                 else
-                    part = to_float(acc[i][v]) * by[v];
-                total[i][v] = s ? total[i][v] + part : part;
+                    total[i][v] += to_float(acc[i][v]) * by[v];
             }
     }
     for (int i = 0; i < rows; ++i)
@@ -595,15 +602,27 @@ void many_rows(const QbLinear &p) {
         lay_out_tile<way, bits>(p, cut, first, tile);
         float y[kRows * kTileOutputs], bias_of[kTileOutputs] = {};
         if (p.bias) __builtin_memcpy(bias_of, p.bias + first, 4 * count);
+        float inverses[kTileOutputs];  // of the scales of codes
+        const bool codes = p.y.dtype == QB_I8 && p.y.scale_step;
+        for (int64_t o = 0; o < count && codes; ++o) inverses[o] = 1.0f / p.y.scale[first + o];
         const float by = !planes && p.x_scale ? *p.x_scale : 1.0f;
         const int64_t begin = part % cuts * depth;
         for (int64_t block = begin; block < least(begin + depth, blocks); ++block) {
+            for (int64_t i = 0; i < least(kRows, p.rows - block * kRows); ++i)
+                prefetch<1>(p.y, 0, block * kRows + i, first, count);
             outer<way == kLevels ? 8 : bits, planes>(cut, many, tile, block * kTileRows, y);
             for (int64_t i = 0; i < least(kRows, p.rows - block * kRows); ++i) {
                 float *out = y + i * kTileOutputs;
                 for (int v = 0; v < kTileOutputs; v += kFloats)
                     store(out + v, loadf(out + v) * by + loadf(bias_of + v));
-                write_row(p.y, 0, block * kRows + i, first, count, out);
+                if (codes && count == kTileOutputs) {
+                    int8_t *row = (int8_t *)const_cast<char *>(at(p.y, 0, block * kRows + i)) + first;
+                    for (int v = 0; v < kTileOutputs; v += kFloats)
+                        narrow_saturated(row + v, quotient(loadf(out + v), loadf(p.y.scale + first + v),
+                                                           loadf(inverses + v)));
+                } else {
+                    write_row(p.y, 0, block * kRows + i, first, count, out);
+                }
             }
         }
     });

@@ -4,7 +4,11 @@
 // All products are of one kind: a register tile of kRows x 2 vectors, one matrix with its columns next to each other
 // in memory, numbers of the other one by one. The state of a head is worked on as [panel][d_state][2 vectors of
 // headdim], so that the products with C, with x and the update all write or read whole vectors of headdim.
+//
+// Where B and C are codes, what the state gives the outputs and what the tokens leave in it are products of bytes
+// (ssd_codes.h).
 #include "simd.h"
+#include "ssd_codes.h"
 
 namespace QB_ISA {
 namespace {
@@ -20,22 +24,33 @@ constexpr int64_t kWide = kPanel * kFloats;
 constexpr int64_t kChunk = 48;  // of kRows and kFloats a multiple
 // Chunks whose B and C are kept as floats at a time.
 constexpr int64_t kSlab = 8;
+static_assert(kPanel == kSplitVectors && kChunk % 4 == 0, "products of codes have the same panels");
 
 struct Sizes {
     int64_t heads, headdim, groups, d_state;
     int64_t panels, width;  // width: headdim, in whole panels
     int64_t b_row;          // of B as floats
-    int64_t group_floats;   // of a group and chunk: C, B and C B^T
+    bool codes;             // whether the products with B and C are of codes
+    int64_t code_row;       // of C as codes
+    int64_t code_at;        // of codes among the floats of a group and chunk
+    int64_t group_floats;   // of a group and chunk: C, B and C B^T, and codes of C and B^T
     int64_t state_floats;   // of a head
+    int64_t split_floats;   // of as many numbers of a panel's columns as states or tokens of a chunk
 
     explicit Sizes(const QbSsd &op)
         : heads(op.heads), headdim(op.headdim), groups(op.groups), d_state(op.d_state) {
         panels = (headdim + kWide - 1) / kWide;
         width = panels * kWide;
         b_row = (d_state + 15) / 16 * 16 + 16;  // not a power of two: rows would share sets of the L1 cache
-        group_floats = kChunk * d_state + kChunk * b_row + kChunk * kChunk;
-        group_floats = (group_floats + 15) / 16 * 16 + kFloats;  // the last row may be read a vector too far
+        code_at = kChunk * d_state + kChunk * b_row + kChunk * kChunk;
+        code_at = (code_at + 15) / 16 * 16 + kFloats;  // the last row may be read a vector too far
+        // Sums of up to 256 products of 16 bits and codes fit 32. A few tokens are not worth splitting a state.
+        codes = kCodeProducts && op.B.dtype == QB_I8 && op.C.dtype == QB_I8 && d_state <= 256 && op.length >= 16;
+        code_row = (d_state + 3) / 4 * 4;
+        group_floats = code_at + (codes ? (kChunk * code_row + d_state * kChunk) / 2 : 0);
+        group_floats = (group_floats + 15) / 16 * 16;
         state_floats = panels * d_state * kWide;
+        split_floats = codes ? Split::vectors(most(d_state, kChunk)) * kFloats : 0;
     }
 };
 
@@ -63,53 +78,6 @@ QB_INLINE void multiply(vf (&acc)[R][V], const float *a, int64_t a_step, const f
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < V; ++v) acc[r][v] = splat(a[r * A_ROW]) * column[v] + acc[r][v];
     }
-}
-
-// What all heads of a group share, of one chunk: C [tile][d_state][rows of the tile], B [token][b_row],
-// and C B^T [token][kChunk] up to the diagonal.
-struct Shared {
-    const float *C, *B, *mix;
-};
-
-QB_INLINE Shared shared_at(const Sizes &s, const float *memory) {
-    return {memory, memory + kChunk * s.d_state, memory + kChunk * s.d_state + kChunk * s.b_row};
-}
-
-void share(const QbSsd &op, const Sizes &s, int64_t b, int64_t g, int64_t start, int64_t count, float *memory) {
-    float *C = memory, *B = C + kChunk * s.d_state, *mix = B + kChunk * s.b_row;
-    float *across = (float *)quamba::scratch(0, 4 * (kChunk + 1) * (s.d_state + 16));  // B^T
-    float *row = across + kChunk * s.d_state;
-    for (int64_t n = 0; n < s.d_state; ++n)
-        for (int64_t j = count; j < kChunk; ++j) across[n * kChunk + j] = 0.0f;
-    for (int64_t j = 0; j < count; ++j) {
-        read_row(B + j * s.b_row, op.B, b, start + j, g * s.d_state, s.d_state);
-        for (int64_t n = 0; n < s.d_state; ++n) across[n * kChunk + j] = B[j * s.b_row + n];
-    }
-    tiles(count, [&](auto rows, int64_t first) {
-        constexpr int R = decltype(rows)::count;
-        float *own = C + first * s.d_state;
-        for (int r = 0; r < R; ++r) {
-            read_row(row, op.C, b, start + first + r, g * s.d_state, s.d_state);
-            for (int64_t n = 0; n < s.d_state; ++n) own[n * R + r] = row[n];
-        }
-        for (int64_t j = 0; j < first + R; j += kFloats) {
-            vf acc[R][1] = {};
-            multiply<R, 1, 1>(acc, own, R, across + j, kChunk, s.d_state);
-            for (int r = 0; r < R; ++r) store(mix + (first + r) * kChunk + j, acc[r][0]);
-        }
-    });
-}
-
-// The state of a head as floats, and back.
-
-QB_INLINE int64_t scale_row(const QbState &state, int64_t channel) {
-    return state.group ? state.group[channel] : state.scale_rows == 1 ? 0 : channel;
-}
-
-/// The state as rows of a tensor, with the scale of one channel: a number, or as long as a row.
-QB_INLINE QbTensor state_rows(const QbState &state, int64_t channel, int64_t d_state) {
-    const float *scale = state.scale ? state.scale + scale_row(state, channel) * state.scale_columns : nullptr;
-    return {state.data, scale, 0, d_state, state.dtype, state.scale_columns == 1 ? 0 : 1};
 }
 
 #if defined(__clang__)
@@ -147,6 +115,88 @@ QB_INLINE void transpose(const float *in, int64_t in_row, float *out, int64_t ou
     } else {
         for (int i = 0; i < out_rows; ++i) store(out + i * out_row, v[i]);
     }
+}
+
+// What all heads of a group share, of one chunk: C [tile][d_state][rows of the tile], B [token][b_row],
+// and C B^T [token][kChunk] up to the diagonal. Codes, if these are multiplied: C [token][code_row] and B^T
+// [d_state][kChunk], each twice, as multiply_codes() wants them.
+struct Shared {
+    const float *C, *B, *mix;
+    const int8_t *C_codes, *B_codes;
+};
+
+QB_INLINE Shared shared_at(const Sizes &s, const float *memory) {
+    const int8_t *codes = (const int8_t *)(memory + s.code_at);
+    return {memory, memory + kChunk * s.d_state, memory + kChunk * s.d_state + kChunk * s.b_row, codes,
+            codes + 2 * kChunk * s.code_row};
+}
+
+void share_codes(const QbSsd &op, const Sizes &s, int64_t b, int64_t g, int64_t start, int64_t count, int8_t *C) {
+    const int64_t N = s.d_state, words = s.code_row / 4, steps = kChunk / 4;
+    const int64_t C_size = kChunk * s.code_row, B_size = N * kChunk;
+    int8_t *B = C + 2 * C_size;
+    // Four rows of B, filled up with zeros, as words of a state each, before they change places.
+    int8_t *rows = (int8_t *)quamba::scratch(1, 8 * s.code_row);
+    uint32_t *column = (uint32_t *)(rows + 4 * s.code_row);
+    __builtin_memset(C, 0, (size_t)C_size);
+    for (int64_t j = 0; j < count; ++j) {
+        __builtin_memcpy(C + j * s.code_row, (const int8_t *)at(op.C, b, start + j) + g * N, (size_t)N);
+        place_words((uint32_t *)(C + j * s.code_row), words);
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+        __builtin_memset(rows, 0, (size_t)(4 * s.code_row));
+        for (int64_t i = 0; i < least(4, count - 4 * step); ++i)
+            __builtin_memcpy(rows + place(i) * s.code_row,
+                             (const int8_t *)at(op.B, b, start + 4 * step + i) + g * N, (size_t)N);
+        const uint8_t *r0 = (const uint8_t *)rows, *r1 = r0 + s.code_row, *r2 = r1 + s.code_row, *r3 = r2 + s.code_row;
+        for (int64_t n = 0; n < N; ++n)
+            column[n] = r0[n] | (uint32_t)r1[n] << 8 | (uint32_t)r2[n] << 16 | (uint32_t)r3[n] << 24;
+        for (int64_t n = 0; n < N; ++n) ((uint32_t *)B)[n * steps + step] = column[n];
+    }
+    for (int64_t i = 0; i < C_size; ++i) C[C_size + i] = (int8_t)(C[i] ^ -128);
+    for (int64_t i = 0; i < B_size; ++i) B[B_size + i] = (int8_t)(B[i] ^ -128);
+}
+
+void share(const QbSsd &op, const Sizes &s, int64_t b, int64_t g, int64_t start, int64_t count, float *memory) {
+    float *C = memory, *B = C + kChunk * s.d_state, *mix = B + kChunk * s.b_row;
+    const int64_t rows = kChunk + kFloats, N = s.d_state;  // tiles are transposed by whole vectors of rows
+    float *own_rows = (float *)quamba::scratch(0, 4 * (rows * s.b_row + N * kChunk));
+    float *across = own_rows + rows * s.b_row;  // B^T
+    for (int64_t j = 0; j < count; ++j) read_row(own_rows + j * s.b_row, op.C, b, start + j, g * N, N);
+    // What is written of C beyond a tile's rows, the next row, the next tile and at last B write over.
+    tiles(count, [&](auto tile, int64_t first) {
+        constexpr int R = decltype(tile)::count;
+        for (int64_t n = 0; n < N; n += kFloats)
+            for (int r = 0; r < R; r += kFloats)
+                transpose(own_rows + (first + r) * s.b_row + n, s.b_row, C + first * N + n * R + r, R, N - n);
+    });
+    for (int64_t j = 0; j < count; ++j) read_row(B + j * s.b_row, op.B, b, start + j, g * N, N);
+    for (int64_t j = count; j < kChunk; ++j) __builtin_memset(B + j * s.b_row, 0, (size_t)(4 * N));
+    for (int64_t j = 0; j < kChunk; j += kFloats)
+        for (int64_t n = 0; n < N; n += kFloats)
+            transpose(B + j * s.b_row + n, s.b_row, across + n * kChunk + j, kChunk, N - n);
+    tiles(count, [&](auto tile, int64_t first) {
+        constexpr int R = decltype(tile)::count;
+        const float *own = C + first * N;
+        for (int64_t j = 0; j < first + R; j += kFloats) {
+            vf acc[R][1] = {};
+            multiply<R, 1, 1>(acc, own, R, across + j, kChunk, N);
+            for (int r = 0; r < R; ++r) store(mix + (first + r) * kChunk + j, acc[r][0]);
+        }
+    });
+    if (s.codes) share_codes(op, s, b, g, start, count, (int8_t *)(memory + s.code_at));
+}
+
+// The state of a head as floats, and back.
+
+QB_INLINE int64_t scale_row(const QbState &state, int64_t channel) {
+    return state.group ? state.group[channel] : state.scale_rows == 1 ? 0 : channel;
+}
+
+/// The state as rows of a tensor, with the scale of one channel: a number, or as long as a row.
+QB_INLINE QbTensor state_rows(const QbState &state, int64_t channel, int64_t d_state) {
+    const float *scale = state.scale ? state.scale + scale_row(state, channel) * state.scale_columns : nullptr;
+    return {state.data, scale, 0, d_state, state.dtype, state.scale_columns == 1 ? 0 : 1};
 }
 
 /// Whether the state of one head is not zero. rows: kFloats of padded(d_state).
@@ -264,8 +314,50 @@ struct Decay {
 // What one head works with.
 struct Work {
     float *state, *x, *y, *rows;
-    bool any;  // whether the state is not zero
+    bool any;      // whether the state is not zero
+    Split *split;  // of the state by panel, and one more for what tokens leave; if codes are multiplied
 };
+
+// Scales of B or C of one group: those of its states, or one.
+struct Scales {
+    const float *first;
+    int64_t step;
+
+    Scales(const QbTensor &t, int64_t g, int64_t d_state)
+        : first(t.scale + (t.scale_step ? g * d_state : 0)), step(t.scale_step ? 1 : 0) {}
+    float operator[](int64_t n) const { return first[n * step]; }
+};
+
+/// What the next chunk's C is multiplied with.
+void split_state(const Sizes &s, const Work &w, const Scales &C, int64_t panel) {
+    const float *own = w.state + panel * s.d_state * kWide;
+    split_columns(
+        s.d_state, [&](int64_t n, int v) { return loadf(own + n * kWide + v * kFloats) * C[n]; }, w.split[panel]);
+}
+
+/// What the state at the chunk's beginning gives R of its tokens.
+template <int R>
+QB_INLINE void state_outputs(const Sizes &s, const Work &w, const Shared &shared, const float *entered,
+                             int64_t first, int64_t panel, vf (&acc)[R][kPanel]) {
+    if (!s.codes) {
+        multiply<R, kPanel, 1>(acc, shared.C + first * s.d_state, R, w.state + panel * s.d_state * kWide, kWide,
+                               s.d_state);
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < kPanel; ++v) acc[r][v] *= entered[r];
+        return;
+    }
+    constexpr int some = R < kCodeRows ? R : R % kCodeRows ? 2 : kCodeRows;
+    static_assert(R % some == 0, "tiles are cut evenly");
+    const Split &split = w.split[panel];
+    QB_UNROLL
+    for (int from = 0; from < R; from += some) {
+        vf part[some][kPanel];
+        multiply_codes(part, shared.C_codes + (first + from) * s.code_row, s.code_row, kChunk * s.code_row, split,
+                       s.code_row / 4);
+        for (int r = 0; r < some; ++r)
+            for (int v = 0; v < kPanel; ++v) acc[from + r][v] = part[r][v] * (split.scale[v] * entered[from + r]);
+    }
+}
 
 /// y of R tokens from `first` of the chunk on, for one panel of channels.
 /// mix: what C B^T becomes with the decays, [R][kChunk], from the chunk's first token on.
@@ -273,12 +365,7 @@ template <int R>
 QB_INLINE void output_tile(const Sizes &s, const Work &w, const Shared &shared, const float *mix, const float *skip,
                            const float *entered, int64_t first, int64_t panel) {
     vf acc[R][kPanel] = {};
-    if (w.any) {
-        multiply<R, kPanel, 1>(acc, shared.C + first * s.d_state, R, w.state + panel * s.d_state * kWide, kWide,
-                               s.d_state);
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < kPanel; ++v) acc[r][v] *= entered[r];
-    }
+    if (w.any) state_outputs<R>(s, w, shared, entered, first, panel, acc);
     multiply<R, kPanel, (int)kChunk>(acc, mix, 1, w.x + panel * kWide, s.width, first + R);
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < kPanel; ++v) {
@@ -286,16 +373,6 @@ QB_INLINE void output_tile(const Sizes &s, const Work &w, const Shared &shared, 
             if (skip) acc[r][v] += loadf(skip + p) * loadf(w.x + (first + r) * s.width + p);
             store(w.y + r * s.width + p, acc[r][v]);
         }
-}
-
-/// Asks for the channels of one head and token: the next rows are pages away, where no processor looks ahead.
-template <int WRITE>
-QB_INLINE void prefetch(const QbTensor &t, int64_t b, int64_t token, int64_t first, int64_t count) {
-    const int64_t bytes = t.dtype == QB_F32 ? 4 : t.dtype == QB_I8 ? 1 : 2;
-    const char *p = at(t, b, token) + bytes * first, *end = p + bytes * count;
-    for (; p < end; p += 64) __builtin_prefetch(p, WRITE);
-    __builtin_prefetch(end - 1, WRITE);
-    asm volatile("");  // GCC leaves out calls of functions that do nothing but prefetch
 }
 
 /// before(first, rows), after(first, rows): called around the products of some rows, so that memory is asked for and
@@ -330,12 +407,42 @@ void chunk_outputs(const Sizes &s, const Work &w, const Shared &shared, const De
     });
 }
 
-/// S <- exp(total of the chunk) S + sum of what its tokens leave at its end.
-void chunk_state(const Sizes &s, const Work &w, const Shared &shared, const Decay &decay, int64_t count) {
+/// R states of a panel's channels: what is kept of them, and what the tokens leave.
+template <int R>
+QB_INLINE void left_codes(const Sizes &s, const Work &w, const Shared &shared, const Scales &B, const Split &split,
+                          float kept, int64_t count, int64_t first, float *own) {
+    vf acc[R][kPanel];
+    multiply_codes(acc, shared.B_codes + first * kChunk, kChunk, s.d_state * kChunk, split, (count + 3) / 4);
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < kPanel; ++v) {
+            float *here = own + (first + r) * kWide + v * kFloats;
+            const vf before = w.any ? loadf(here) * kept : vf{};
+            store(here, acc[r][v] * (split.scale[v] * B[first + r]) + before);
+        }
+}
+
+/// S <- exp(total of the chunk) S + sum of what its tokens leave at its end. last_one: no chunk comes after it.
+void chunk_state(const Sizes &s, const Work &w, const Shared &shared, const Decay &decay, const Scales &B,
+                 const Scales &C, int64_t count, bool last_one) {
     alignas(64) float left[kChunk];
     const int64_t last = kChunk - 1;
     for (int64_t j = 0; j < kChunk; j += kFloats) store(left + j, decay.since(last, j) * loadf(decay.delta + j));
     const float kept = decay.entered(last)[0];
+    if (s.codes) {
+        Split &split = w.split[s.panels];
+        for (int64_t panel = 0; panel < s.panels; ++panel) {
+            const float *x = w.x + panel * kWide;
+            split_columns(
+                count, [&](int64_t j, int v) { return loadf(x + j * s.width + v * kFloats) * left[j]; }, split);
+            float *own = w.state + panel * s.d_state * kWide;
+            int64_t n = 0;
+            for (; n + kCodeRows <= s.d_state; n += kCodeRows)
+                left_codes<kCodeRows>(s, w, shared, B, split, kept, count, n, own);
+            for (; n < s.d_state; ++n) left_codes<1>(s, w, shared, B, split, kept, count, n, own);
+            if (!last_one) split_state(s, w, C, panel);  // while it is in the L1 cache
+        }
+        return;
+    }
     for (int64_t j = 0; j < count; ++j) {
         const vf by = splat(left[j]);
         for (int64_t p = 0; p < s.width; p += kFloats)
@@ -359,18 +466,23 @@ void chunk_state(const Sizes &s, const Work &w, const Shared &shared, const Deca
 void scan_head(const QbSsd &op, const Sizes &s, int64_t b, int64_t h, int64_t start, int64_t stop, const float *shared,
                float *kept) {
     const int64_t floats = s.state_floats + (kChunk + kRows + 1) * s.width + kFloats * padded(s.d_state);
-    float *memory = (float *)quamba::scratch(0, 4 * floats);
+    const int64_t splits = s.codes ? s.panels + 1 : 0, split_bytes = (int64_t)sizeof(Split);
+    float *memory = (float *)quamba::scratch(0, 4 * (floats + splits * s.split_floats) + splits * split_bytes);
     Work w;
     w.state = kept ? kept + h * s.state_floats : memory;
     w.x = memory + s.state_floats;
     w.y = w.x + kChunk * s.width;
     float *skip = w.y + kRows * s.width;
     w.rows = skip + s.width;
+    w.split = (Split *)(memory + floats + splits * s.split_floats);
+    for (int64_t i = 0; i < splits; ++i) w.split[i].planes = (vi *)(memory + floats + i * s.split_floats);
     w.any = start > 0;
     if (!start && op.state.data) w.any = read_state(op, s, b, h, w.state, w.rows);
     if (s.width != s.headdim) __builtin_memset(w.x, 0, 4 * kChunk * s.width);
     for (int64_t p = 0; p < s.width; ++p) skip[p] = op.D && p < s.headdim ? op.D[h * s.headdim + p] : 0.0f;
     const int64_t chunks = (stop - start + kChunk - 1) / kChunk, g = h / (s.heads / s.groups);
+    const Scales B(op.B, g, s.d_state), C(op.C, g, s.d_state);  // of codes
+    for (int64_t panel = 0; panel < s.panels && s.codes && w.any; ++panel) split_state(s, w, C, panel);
     Decay decay;
     for (int64_t c = 0; c < chunks; ++c) {
         const int64_t from = start + c * kChunk, count = least(kChunk, stop - from);
@@ -394,7 +506,7 @@ void scan_head(const QbSsd &op, const Sizes &s, int64_t b, int64_t h, int64_t st
         };
         chunk_outputs(s, w, own, decay, op.D ? skip : nullptr, count, ask, write);
         if (!op.state.data && from + count == op.length) return;
-        chunk_state(s, w, own, decay, count);
+        chunk_state(s, w, own, decay, B, C, count, c + 1 == chunks);
         w.any = true;
     }
     if (stop == op.length && op.state.data) write_state(op, s, b, h, w.state, w.rows);

@@ -157,12 +157,36 @@ def test_long_memory_keeps_its_digits() -> None:
     check_scan(args, random_state(1, USUAL))
 
 
+def without_signs(args: dict[str, Any]) -> dict[str, Any]:
+    """Nothing cancels: what comes out bounds every sum of products."""
+    return {**args, **{name: args[name].abs() for name in INPUTS if name != "dt"}, "D": args["D"].abs()}
+
+
 @pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("sizes", [SMALL, USUAL])
-def test_int8_inputs(sizes: Sizes, per_channel: bool, threads: int) -> None:
-    args = with_codes(random_args(2, 70, sizes), per_channel)
-    check_scan(args, random_state(2, sizes))
-    check_step(first_token(args), random_state(2, sizes))
+@pytest.mark.parametrize(("sizes", "ngroups"), [(SMALL, 2), (USUAL, 1), ((1, 40, 250), 1)])
+def test_int8_inputs(sizes: Sizes, ngroups: int, per_channel: bool, threads: int) -> None:
+    """Floats that are multiplied with codes may be integers of 16 bits, whose roundings add up over a chunk or a state."""
+    args, start = with_codes(random_args(2, 110, sizes, ngroups), per_channel), random_state(2, sizes)
+    exact_state, bound_state, state = start.double(), start.double().abs(), start.clone()
+    exact = reference.ssd_scan(**double(args), state=exact_state, out_dtype=torch.float64)
+    bound = reference.ssd_scan(**without_signs(double(args)), state=bound_state, out_dtype=torch.float64)
+    y = ssd_scan(**args, state=state)
+    assert (y - exact).abs().max() <= 2**-14 * bound.max()
+    assert (state - exact_state).abs().max() <= 2**-14 * bound_state.max()
+    check_step(first_token(args), start)
+
+
+@pytest.mark.parametrize("lost", [math.inf, math.nan])
+def test_what_is_not_finite_stays_in_its_channel(lost: float) -> None:
+    args, start = with_codes(random_args(1, 60, USUAL), per_channel=True), random_state(1, USUAL)
+    start[0, 1, 5, 9] = lost
+    args["dt_bias"] = torch.full((3,), -9.0)  # nothing is forgotten
+    y = ssd_scan(**args, state=start)
+    spoilt = torch.zeros(3 * 64, dtype=torch.bool)
+    spoilt[64 + 5] = True
+    assert not y[..., spoilt].isfinite().any()
+    assert y[..., ~spoilt].isfinite().all()
+    assert not start[0, 1, 5, 9].isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
