@@ -26,6 +26,9 @@ constexpr float kReach = 16256;
 // Rows of x from which on tiles are laid out.
 constexpr int64_t kManyRows = 12;
 constexpr int64_t kMostAtOnce = 4;
+// Bytes of weights that are asked for before few rows need them, into the L2 cache: 4 KiB ahead and into the L1 cache
+// took a quarter longer.
+constexpr int64_t kAhead = 8192;
 
 #if defined(__AVX512F__)
 constexpr int kTileRows = 8, kTileVectors = 3;
@@ -314,7 +317,7 @@ QB_INLINE void few_totals(const QbLinear &p, const Cut &cut, const Few &few, int
             }
             const uint8_t *part = w + (bits == 4 ? column / 2 : column);
             vu unpacked[vectors];
-            __builtin_prefetch(part + 4096);
+            __builtin_prefetch(part + kAhead, 0, 2);
             unpack<way, bits>(load_weights(part, end, at_end), table, unpacked);
             for (int i = 0; i < lines; ++i)
                 for (int v = 0; v < vectors; ++v)
@@ -346,8 +349,8 @@ QB_INLINE void few_whole(const QbLinear &p, const Cut &cut, const Few &few, int6
     for (; b + 2 <= blocks; b += 2) {
         const vu even = biased8(load_weights(w + b * kBytes, end, at_end));
         const vu odd = biased8(load_weights(w + (b + 1) * kBytes, end, at_end));
-        __builtin_prefetch(w + b * kBytes + 4096);
-        __builtin_prefetch(w + b * kBytes + 4096 + kBytes);
+        __builtin_prefetch(w + b * kBytes + kAhead, 0, 2);
+        __builtin_prefetch(w + b * kBytes + kAhead + kBytes, 0, 2);
         for (int i = 0; i < lines; ++i) {
             acc[i] = dot_weight<8>(acc[i], even, load<vb>(x + i * line + b * kBytes));
             more[i] = dot_weight<8>(more[i], odd, load<vb>(x + i * line + (b + 1) * kBytes));
@@ -646,7 +649,7 @@ void float_outputs(const QbLinear &p, const float *x, int64_t padded, int64_t ou
     const int64_t whole = p.columns / kFloats * kFloats;
     int64_t k = 0;
     for (; k + kChains * kFloats <= whole; k += kChains * kFloats) {
-        __builtin_prefetch(w + (bits / 8) * k + 4096);
+        __builtin_prefetch(w + (bits / 8) * k + kAhead, 0, 2);
         for (int c = 0; c < kChains; ++c) {
             const vf part = weights_at<bits>(w, k + c * kFloats, p.scale_dtype);
             for (int i = 0; i < rows; ++i) acc[i][c] += part * loadf(x + i * padded + k + c * kFloats);
