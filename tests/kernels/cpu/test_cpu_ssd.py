@@ -163,10 +163,12 @@ def without_signs(args: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize(("sizes", "ngroups"), [(SMALL, 2), (USUAL, 1), ((1, 40, 250), 1)])
-def test_int8_inputs(sizes: Sizes, ngroups: int, per_channel: bool, threads: int) -> None:
-    """Floats that are multiplied with codes may be integers of 16 bits, whose roundings add up over a chunk or a state."""
-    args, start = with_codes(random_args(2, 110, sizes, ngroups), per_channel), random_state(2, sizes)
+@pytest.mark.parametrize(
+    ("sizes", "ngroups", "length"), [(SMALL, 2, 430), (USUAL, 1, 110), ((1, 40, 250), 1, 110), (USUAL, 1, 9)]
+)
+def test_int8_inputs(sizes: Sizes, ngroups: int, length: int, per_channel: bool, threads: int) -> None:
+    """Floats that are multiplied with codes may be integers of 16 bits, whose roundings add up."""
+    args, start = with_codes(random_args(2, length, sizes, ngroups), per_channel), random_state(2, sizes)
     exact_state, bound_state, state = start.double(), start.double().abs(), start.clone()
     exact = reference.ssd_scan(**double(args), state=exact_state, out_dtype=torch.float64)
     bound = reference.ssd_scan(**without_signs(double(args)), state=bound_state, out_dtype=torch.float64)
