@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -125,7 +126,9 @@ def _save(model: str, precision: str, state: str, folder: Path) -> None:
 def _in_own_process(folder: str, threads: int, repeats: int) -> Row:
     command = [sys.executable, __file__, "--measure", folder, "--threads", str(threads)]
     command += ["--repeats", str(repeats), "--read_gb_per_s", str(_read_gb_per_s(threads))]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # As the commands have it: threads of torch that wait for work would take the time of ours.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise QuambaError(f"The measuring process failed: {done.stderr.strip().splitlines()[-1:]}.")
     row: Row = json.loads(done.stdout.splitlines()[-1])
