@@ -364,19 +364,21 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate(options: argparse.Namespace) -> dict[str, Any]:
-    start = time.perf_counter()
+    begun = time.perf_counter()
     model = api.load(_quantized(options), options.device)
     loaded = time.perf_counter()
     ids = torch.arange(PROMPT)
     (first,) = model.generate(ids, max_new_tokens=NEW_TOKENS)
     once = time.perf_counter()
-    (second,) = model.generate(ids, max_new_tokens=NEW_TOKENS)
-    again = time.perf_counter()
-    assert first.ids == second.ids
+    model.generate(ids, max_new_tokens=NEW_TOKENS)  # the second prompt of a length is captured
+    start = time.perf_counter()
+    (again,) = model.generate(ids, max_new_tokens=NEW_TOKENS)
+    seconds = time.perf_counter() - start
+    assert first.ids == again.ids
     return {
-        "load_seconds": round(loaded - start, 3),
+        "load_seconds": round(loaded - begun, 3),
         "first_seconds": round(once - loaded, 3),
-        "tokens_per_second": round(NEW_TOKENS / (again - once), 2),
+        "tokens_per_second": round(NEW_TOKENS / seconds, 2),
     }
 
 

@@ -45,44 +45,58 @@ def fake_nvml(readings: list[int | Exception]) -> Any:
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(uuid="12-ab")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(machine, "_STANDS_STILL", 0.05)
 
 
-def meter_spends(device: torch.device) -> float | None:
-    with machine.EnergyMeter(device) as meter:
-        pass
-    return meter.spent_mj
+def energy_of_a_run(device: torch.device) -> tuple[float | None, int]:
+    """With reads after every fourth run; and how many runs there were."""
+    done: list[None] = []
+    energy = machine.energy_of_run_mj(device, lambda: done.append(None), machine._READ_SECONDS / 4, 0.0)
+    return energy, len(done)
 
 
-def test_energy_is_the_difference_of_the_counter(monkeypatch: pytest.MonkeyPatch, one_gpu: None) -> None:
-    nvml = fake_nvml([1000, 1750])
+def test_energy_is_taken_between_two_moves_of_the_counter(
+    monkeypatch: pytest.MonkeyPatch, one_gpu: None
+) -> None:
+    # It stands at 1000 when asked first, moves to 1100 in the second batch, and to 1500 in the fourth.
+    nvml = fake_nvml([1000, 1000, 1100, 1100, 1500])
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    assert meter_spends(GPU) == 750.0
-    assert nvml.asked == ["GPU-12-ab"] * 2
+    assert energy_of_a_run(GPU) == ((1500 - 1100) / 8, 16)
+    assert set(nvml.asked) == {"GPU-12-ab"}
     assert nvml.open == 0
+
+
+class Same(list[int]):
+    """Readings without an end."""
+
+    def pop(self, index: Any = 0) -> int:
+        return super().pop(0) if len(self) > 1 else self[0]
 
 
 @pytest.mark.parametrize(
     "readings",
-    [[1000, 1000], [NvmlError("not supported")], [1000, NvmlError("lost")]],
-    ids=["counter stands still", "no counter", "counter lost"],
-)
+    [Same([1000]), Same([1000, 1100]), [NvmlError("not supported")], [1000, NvmlError("lost")],
+     [1000, 1100, NvmlError("lost")]],
+    ids=["stands still", "stops", "no counter", "lost at once", "lost"],
+)  # fmt: skip
 def test_energy_that_cannot_be_read_is_absent(
     monkeypatch: pytest.MonkeyPatch, one_gpu: None, readings: list[int | Exception]
 ) -> None:
     nvml = fake_nvml(readings)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    assert meter_spends(GPU) is None
+    assert energy_of_a_run(GPU)[0] is None
     assert nvml.open == 0
 
 
 def test_without_the_package_there_is_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert meter_spends(GPU) is None
+    assert energy_of_a_run(GPU) == (None, 0)
 
 
 def test_a_cpu_has_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml([]))  # would raise if it were asked
-    assert meter_spends(CPU) is None
+    assert energy_of_a_run(CPU) == (None, 0)
 
 
 def test_bandwidth_counts_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:

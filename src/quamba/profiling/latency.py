@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quamba.models.cache import MambaCache
 from quamba.models.lm import MambaLM
-from quamba.profiling.machine import EnergyMeter
+from quamba.profiling.machine import energy_of_run_mj
 from quamba.profiling.spec import Mode, ProfileSpec
 from quamba.quantization.pipeline import Progress
 from quamba.runtime.choice import Choice, Chooser
@@ -27,6 +27,8 @@ from quamba.runtime.step import step_of
 #: Untimed runs before the timed ones, fewer where they would take this share of the mode's time.
 WARMUPS: dict[Mode, int] = {"ttft": 10, "tpot": 10, "ttlt": 5}
 WARMUP_SHARE = 0.25
+#: Runs whose energy is measured follow the timed ones for so long, or for this share of the mode's time.
+ENERGY_SECONDS, ENERGY_SHARE = 1.0, 0.25
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Latency:
 
     tokens_per_run       prompt tokens read (ttft) or new tokens (tpot, ttlt), of the whole batch
     tokens_per_s         tokens_per_run by the median
-    mj_per_token         energy of the GPU in millijoules, idle power included; None where it cannot be read
+    mj_per_token         energy of the GPU in millijoules, over a second of runs without a pause, idle power
+                         included; None where it cannot be read
     warmups, runs        done; ``repeats`` runs were asked for
     """
 
@@ -151,16 +154,20 @@ def measure(network: MambaLM, mode: Mode, spec: ProfileSpec, progress: Progress)
         timed_ms(work, device)
         warmups += 1
     times_ms: list[float] = []
-    with EnergyMeter(device) as meter:
-        while not times_ms or (len(times_ms) < spec.repeats and remaining(1.0)):
-            times_ms.append(timed_ms(work, device))
-            progress.step()
-    energy_mj = meter.spent_mj
+    while not times_ms or (len(times_ms) < spec.repeats and remaining(1.0)):
+        times_ms.append(timed_ms(work, device))
+        progress.step()
+    energy_mj = energy_of_run_mj(
+        device,
+        lambda: work.run(work.prepare()),
+        statistics.median(times_ms) / 1e3,
+        min(ENERGY_SECONDS, ENERGY_SHARE * spec.max_seconds),
+    )
     return summary(
         mode,
         times_ms,
         tokens_per_run=work.tokens,
-        mj_per_token=None if energy_mj is None else energy_mj / (work.tokens * len(times_ms)),
+        mj_per_token=None if energy_mj is None else energy_mj / work.tokens,
         warmups=warmups,
         repeats=spec.repeats,
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ _COPIES = 5
 # Rows and columns of the matrices that are multiplied: long enough to fill a machine, short on a slow one.
 _MATRIX_SIDE = {"cuda": 4096, "cpu": 512}
 _PRODUCTS = 5
+# Of the counter of energy: time between readings, and without a move after which it is taken to stand still.
+_READ_SECONDS = 0.02
+_STANDS_STILL = 0.5
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -91,47 +95,72 @@ def peak_memory(device: torch.device) -> PeakMemory | None:
     return PeakMemory(size, "the whole process since its start")
 
 
-class EnergyMeter:
-    """Energy of an NVIDIA GPU between entering and leaving, by its own counter (nvidia-ml-py).
+def energy_of_run_mj(
+    device: torch.device, run: Callable[[], object], run_seconds: float, seconds: float
+) -> float | None:
+    """Millijoules of one run by the counter of an NVIDIA GPU (nvidia-ml-py), idle power included.
 
-    spent_mj  millijoules, idle power included; None on a CPU, without the package, for a GPU without the
-              counter, and where the time was too short for the counter to move
+    The counter moves some ten times a second. So runs follow one another for at least ``seconds``, from one
+    move of it to another. None on a CPU, without the package, and where the counter is missing or stands still.
+
+    run          may leave work to the device
+    run_seconds  about what it takes
     """
-
-    spent_mj: float | None = None
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._before: int | None = None
-
-    def __enter__(self) -> EnergyMeter:
-        self._before = total_energy_mj(self._device)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        after = None if self._before is None else total_energy_mj(self._device)
-        if self._before is not None and after is not None and after > self._before:
-            self.spent_mj = float(after - self._before)
-
-
-def total_energy_mj(device: torch.device) -> int | None:
-    """What a GPU has used since its driver was loaded; None where that cannot be read."""
     if device.type != "cuda":
         return None
+    several = math.ceil(_READ_SECONDS / max(run_seconds, 1e-6))  # reading takes as long as short runs do
+    with _energy_counter(device) as read:
+        first = begun = read()
+        start = time.perf_counter()
+        while begun is not None and begun == first and time.perf_counter() - start < _STANDS_STILL:
+            _runs(device, run, several)
+            begun = read()
+        if begun is None or begun == first:
+            return None
+        runs, before, now = 0, begun, begun
+        start = time.perf_counter()
+        while (waited := time.perf_counter() - start) < seconds or now == before:
+            if waited > seconds + _STANDS_STILL:
+                return None
+            _runs(device, run, several)
+            runs += several
+            before, found = now, read()
+            if found is None:
+                return None
+            now = found
+        return (now - begun) / runs
+
+
+def _runs(device: torch.device, run: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        run()
+    torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _energy_counter(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Reads the millijoules that a GPU has used since its driver was loaded; None where it cannot."""
     try:
         import pynvml
     except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
+        yield lambda: None
+        return
+
+    def read() -> int | None:
         try:
             return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(_nvml_handle(pynvml, device)))
-        finally:
-            pynvml.nvmlShutdown()
+        except pynvml.NVMLError:
+            return None
+
+    try:
+        pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return None
+        yield lambda: None
+        return
+    try:
+        yield read
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def _nvml_handle(pynvml: Any, device: torch.device) -> Any:
