@@ -84,7 +84,9 @@ def _shape_block(block: Block, plan: Plan, i: int) -> None:
             split = name == "bias" and formats.conv is not None and formats.conv.parts is not None
             set_parameter(module, name, QuantizedParameter.empty(shape, per_channel=split))
     if formats.int8_activations:
-        for leaf, segments in block_segments(plan, None).items():
+        with torch.device("cpu"):  # torch.arange on meta imports sympy: half a second of every start
+            outputs = block_segments(plan, None)
+        for leaf, segments in outputs.items():
             size = sum(len(s.groups) for s in segments)
             block.get_submodule(leaf).out_scale = _scale() if leaf in SCALAR_SITES else _scale(size)
     if formats.state == "int8":
