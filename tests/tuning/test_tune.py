@@ -267,7 +267,7 @@ def test_tables_that_are_not_filled(tmp_path: Path) -> None:
 
 def test_names_of_ops() -> None:
     names = ["decode.mix", "decode.project", "decode.scan_gate", "decode.ssd_gate"]
-    names += ["linear.tiles", "linear.words", "ssd_step.launch"]
+    names += ["linear.tiles", "linear.wide", "linear.words", "ssd_step.launch"]
     assert check_ops([]) == names
     assert check_ops(["decode"]) == names[:4] and check_ops(["linear.tiles", "decode.mix"]) == names[::4]
     for wrong, hint in (("linear.tile", "'linear.tiles'"), ("embedding", ""), ("decode.", "decode.mix")):

@@ -34,8 +34,8 @@ _COMPILING = 0.5
 @click.option(
     "--ops",
     metavar="A,B,C",
-    help="What to tune: linear.words, linear.tiles, decode.project, decode.mix, decode.ssd_gate,"
-    " decode.scan_gate, ssd_step.launch, or linear, decode, ssd_step. Default: all.",
+    help="What to tune: linear.words, linear.tiles, linear.wide, decode.project, decode.mix,"
+    " decode.ssd_gate, decode.scan_gate, ssd_step.launch, or linear, decode, ssd_step. Default: all.",
 )
 @click.option(
     "--rows",

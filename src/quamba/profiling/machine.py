@@ -101,7 +101,7 @@ def energy_of_run_mj(
     """Millijoules of one run by the counter of an NVIDIA GPU (nvidia-ml-py), idle power included.
 
     The counter moves some ten times a second. So runs follow one another for at least ``seconds``, from one
-    move of it to another. None on a CPU, without the package, and where the counter is missing or stands still.
+    move of it to another. None on a CPU, without the package, and without a counter that moves.
 
     run          may leave work to the device
     run_seconds  about what it takes

@@ -1,4 +1,4 @@
-"""Products of many rows with quantized weights, on tensor cores.
+"""Products of 5 and more rows with quantized weights, on tensor cores.
 
 The weight is the left operand, so a thread has few features and their scales, and codes packed in registers
 become operands there (``planes.py``). A tile adds up a *step* of inputs at a time: at most ``inputs`` of one
@@ -312,22 +312,29 @@ def multiply(rows: Tensor, operand: Operand, target: Target, launch: TileLaunch 
         )  # fmt: skip
 
 
-def in_planes(rows: Tensor) -> Tensor:
-    """The even inputs of every row of int8, then the odd ones."""
+def in_planes(rows: Tensor, step: int | None = None) -> Tensor:
+    """Of every ``step`` inputs of a row of int8 (a divisor of their number; None: all) the even ones, then
+    the odd ones."""
     tokens, inputs = rows.shape
     out = torch.empty(tokens, inputs, dtype=rows.dtype, device=rows.device)
     count = tokens * inputs // 2
     _split_pairs[(triton.cdiv(count, 4096),)](
-        rows, out, count, PITCH=rows.stride(0) // 2, HALF=inputs // 2, BLOCK=4096, num_warps=8
-    )
+        rows, out, count, PITCH=rows.stride(0) // 2, ROW=inputs // 2, HALF=(step or inputs) // 2, BLOCK=4096,
+        num_warps=8, **dependent_launch(rows.device),
+    )  # fmt: skip
     return out
 
 
 @triton.jit
-def finish(y, n, valid, x_scale, bias, out_scale, CHANNEL_OUT_SCALE: tl.constexpr):
-    """Scale of x, bias, and codes where the output has a scale. y as n broadcast, its features."""
+def finish(
+    y, n, valid, x_scale, bias, out_scale, CHANNEL_OUT_SCALE: tl.constexpr, FACTOR: tl.constexpr = 1.0
+):  # fmt: skip
+    """Scale of x, bias, and codes where the output has a scale. y as n broadcast, its features; FACTOR, a power
+    of two, is still missing in it."""
     if x_scale is not None:
-        y = y * tl.load(x_scale)
+        y = y * (tl.load(x_scale) * FACTOR)
+    elif FACTOR != 1.0:
+        y = y * FACTOR
     if bias is not None:
         y = y + tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)
     if out_scale is not None:
@@ -352,12 +359,12 @@ def _quotient(y, scale):
 
 
 @triton.jit
-def _row_scaled(y, n, valid, row_scale, FACTOR: tl.constexpr, ONE_ROW_SCALE: tl.constexpr):
-    """float32 y times the scale of its row. FACTOR is a power of two: no rounding."""
+def row_scaled(y, n, valid, row_scale, ONE_ROW_SCALE: tl.constexpr):
+    """float32 y times the scale of its row."""
     y = y.to(tl.float32)
     if row_scale is not None:
         y = y * tl.load(row_scale + (n * 0 if ONE_ROW_SCALE else n), mask=valid, other=0.0).to(tl.float32)
-    return y * FACTOR
+    return y
 
 
 @triton.jit
@@ -464,8 +471,10 @@ def _tiles(
             total = _summed(a, b, total, FLOAT)
     out += tl.program_id(1).to(tl.int64) * tokens * features + (m0.to(tl.int64) * out_stride + n0)
     if not SPLIT:
-        y = _row_scaled(total, (n0 + n)[:, None], in_n[:, None], row_scale, FACTOR, ONE_ROW_SCALE)
-        total = finish(y, (n0 + n)[:, None], in_n[:, None], x_scale, bias, out_scale, CHANNEL_OUT_SCALE)
+        y = row_scaled(total, (n0 + n)[:, None], in_n[:, None], row_scale, ONE_ROW_SCALE)
+        total = finish(
+            y, (n0 + n)[:, None], in_n[:, None], x_scale, bias, out_scale, CHANNEL_OUT_SCALE, FACTOR
+        )
     total = tl.trans(total.to(out.dtype.element_ty))
     tl.store(out + (m[:, None] * out_stride + n[None, :]), total, mask=in_m[:, None] & in_n[None, :])
 
@@ -524,8 +533,8 @@ def _slices(
         else:
             total = _summed(a, b, total, FLOAT)
     y = tl.sum(total, axis=0)
-    y = _row_scaled(y, (n0 + n)[:, None], in_n[:, None], row_scale, FACTOR, ONE_ROW_SCALE)
-    y = finish(y, (n0 + n)[:, None], in_n[:, None], x_scale, bias, out_scale, CHANNEL_OUT_SCALE)
+    y = row_scaled(y, (n0 + n)[:, None], in_n[:, None], row_scale, ONE_ROW_SCALE)
+    y = finish(y, (n0 + n)[:, None], in_n[:, None], x_scale, bias, out_scale, CHANNEL_OUT_SCALE, FACTOR)
     y = tl.trans(y.to(out.dtype.element_ty))
     out += m0.to(tl.int64) * out_stride + n0
     tl.store(out + (m[:, None] * out_stride + n[None, :]), y, mask=in_m[:, None] & in_n[None, :])
@@ -547,17 +556,22 @@ def _add_splits(
     total = tl.load(at, mask=valid, other=0)
     for s in tl.static_range(1, SPLITS):
         total += tl.load(at + (m * 0 + tokens) * features * s, mask=valid, other=0)
-    y = _row_scaled(total, n, valid, row_scale, FACTOR, ONE_ROW_SCALE)
-    y = finish(y, n, valid, x_scale, bias, out_scale, CHANNEL_OUT_SCALE)
+    y = row_scaled(total, n, valid, row_scale, ONE_ROW_SCALE)
+    y = finish(y, n, valid, x_scale, bias, out_scale, CHANNEL_OUT_SCALE, FACTOR)
     tl.store(out + m * out_stride + n, y.to(out.dtype.element_ty), mask=valid)
 
 
 @triton.jit
-def _split_pairs(x, out, count, PITCH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """PITCH and HALF: pairs between rows and of a row."""
+def _split_pairs(
+    x, out, count, PITCH: tl.constexpr, ROW: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """PITCH, ROW, HALF: pairs from a row to the next, of a row, of a step."""
+    let_next_start(EARLY)
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     pairs = x.to(tl.pointer_type(tl.int16), bitcast=True)
-    pair = tl.load(pairs + (j if PITCH == HALF else j // HALF * PITCH + j % HALF), mask=j < count, other=0)
+    wait_for_inputs(EARLY)
+    pair = tl.load(pairs + (j if PITCH == ROW else j // ROW * PITCH + j % ROW), mask=j < count, other=0)
     even, odd = x_planes(pair, False, 2)
     at = out + j // HALF * (2 * HALF) + j % HALF
     tl.store(at, even, mask=j < count)

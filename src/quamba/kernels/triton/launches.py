@@ -29,6 +29,7 @@ _MODULES = (
     "conv_words",
     "embedding",
     "gemm",
+    "gemm_wide",
     "gptq",
     "hadamard",
     "linear",

@@ -17,6 +17,7 @@ from quamba.kernels.reference import linear as reference
 from quamba.kernels.reference.quantize import quantize_or_cast
 from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.gemm import Operand, Product, Target, finish, fits, multiply, product_key
+from quamba.kernels.triton.gemm_wide import multiply_wide, wide_fits
 from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.planes import level_words
 from quamba.kernels.triton.unpack import unpack
@@ -128,13 +129,20 @@ def _multiply_codes(rows: Tensor, weight: QuantizedWeight, target: Target) -> No
             **_word_arguments(rows, operand, target, launch), BITS=bits, TWO_LEVEL=operand.levels is not None
         )
     elif bits == 8 or (fits(operand, False) and (tokens <= PACKED_ROWS or operand.group_scale is not None)):
-        multiply(rows, operand, target)
+        _multiply_tiles(rows, operand, target)
     else:
         for start, stop in _slabs(weight):
             codes = unpack(weight, torch.int8, start, stop)
             part = operand.rows(start, stop)
             part = Operand(codes, 8, part.group_scale, None, part.row_scale)
-            multiply(rows, part, target.columns(start, stop))
+            _multiply_tiles(rows, part, target.columns(start, stop))
+
+
+def _multiply_tiles(rows: Tensor, operand: Operand, target: Target) -> None:
+    if wide_fits(rows, operand):
+        multiply_wide(rows, operand, target)
+    else:
+        multiply(rows, operand, target)
 
 
 def _multiply_halves(rows: Tensor, weight: QuantizedWeight, target: Target) -> None:
