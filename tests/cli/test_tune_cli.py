@@ -163,7 +163,7 @@ def test_models(
     assert result.exit_code == 0, result.output
     (plan,) = played.plans
     assert plan.recipe.name == recipe and plan.config.n_layer == 1
-    assert (played.rows, played.ops) == ([1, 16], ["linear.tiles", "linear.words"])
+    assert (played.rows, played.ops) == ([1, 16], ["linear.tiles", "linear.wide", "linear.words"])
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,8 @@ def test_codes_bias_and_scale_of_x(format: str, channel: bool, device: torch.dev
     weight = random_weight(FORMATS[format], features, 256).to(device)
     x = Quantized(codes(19, 256, device=device), torch.tensor(0.5, device=device))
     bias = torch.randint(-100, 101, (features,), device=device).float() / 4
-    scale = torch.exp2(torch.randint(-3, 2, (features,) if channel else (), device=device).float())
+    some = torch.exp2(torch.randint(-3, 2, (features,)).float())
+    scale = (some if channel else torch.tensor(0.25)).to(device)
     out = torch.full((19, features), SENTINEL, dtype=torch.int8, device=device)
     multiply_wide(x.codes, operand_of(weight), Target(out, x.scale, bias, scale), LAUNCHES["parts"])
     assert torch.equal(out, reference.linear(x, weight, bias, out_scale=scale))
@@ -119,6 +120,7 @@ def test_codes_bias_and_scale_of_x(format: str, channel: bool, device: torch.dev
 def test_which_products_are_wide(format: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """All that fit go this way, and only they; the rest is right, too."""
     monkeypatch.setattr(gemm_wide, "WIDE_ROWS", 24)
+    monkeypatch.setattr(gemm_wide, "WIDE_TILES", 1)
     asked = []
     monkeypatch.setattr(linears, "multiply_wide", lambda *a: (asked.append(a), multiply_wide(*a)))
     weight = random_weight({**FORMATS, **OTHERS}[format], 40, 512).to(device)
@@ -131,7 +133,11 @@ def test_which_products_are_wide(format: str, monkeypatch: pytest.MonkeyPatch, d
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_rows_that_descriptors_cannot_read(bits: int, device: torch.device) -> None:
+def test_rows_that_descriptors_cannot_read(
+    bits: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(gemm_wide, "WIDE_TILES", 1)
+
     def fits(rows: Tensor, inputs: int) -> bool:
         return wide_fits(rows, operand_of(random_weight(WeightFormat(bits, "channel"), 8, inputs).to(device)))
 
@@ -140,6 +146,8 @@ def test_rows_that_descriptors_cannot_read(bits: int, device: torch.device) -> N
     assert not fits(codes(255, 512, device=device), 512)
     assert not fits(codes(256, 520, device=device)[:, :512], 512)  # rows of whole 8 bytes
     assert not fits(codes(256, 72, device=device), 72)
+    monkeypatch.setattr(gemm_wide, "WIDE_TILES", 3)
+    assert not fits(codes(256, 512, device=device), 512)  # two tiles
 
 
 def test_planes_of_steps(device: torch.device) -> None:

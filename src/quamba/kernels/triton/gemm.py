@@ -329,8 +329,8 @@ def in_planes(rows: Tensor, step: int | None = None) -> Tensor:
 def finish(
     y, n, valid, x_scale, bias, out_scale, CHANNEL_OUT_SCALE: tl.constexpr, FACTOR: tl.constexpr = 1.0
 ):  # fmt: skip
-    """Scale of x, bias, and codes where the output has a scale. y as n broadcast, its features; FACTOR, a power
-    of two, is still missing in it."""
+    """Scale of x, bias, and codes where the output has a scale. y as n broadcast, its features; FACTOR, a
+    power of two, is still missing in it."""
     if x_scale is not None:
         y = y * (tl.load(x_scale) * FACTOR)
     elif FACTOR != 1.0:

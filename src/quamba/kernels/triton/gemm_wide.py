@@ -25,6 +25,8 @@ from quamba.kernels.triton.recurrence import PROCESSORS
 
 #: Rows from which it is worth it.
 WIDE_ROWS = 256
+#: Tiles of 64 features and 128 tokens from which programs are many enough.
+WIDE_TILES = PROCESSORS
 #: Inputs of a step of int4, which a group must be a multiple of.
 _INT4_STEP = 128
 
@@ -71,22 +73,29 @@ def wide_candidates(product: Product) -> list[WideLaunch]:
 @launch_choice("linear.wide", key=product_key, candidates=wide_candidates)
 def wide_launch(product: Product) -> WideLaunch:
     """From timings on an H200 (docs/notes/gpu-kernels.md)."""
-    tokens, features = product.tokens, product.features
+    tokens, features, inputs = product.tokens, product.features, product.inputs
     if product.bits == 4:
-        few = triton.cdiv(features, 64) * triton.cdiv(tokens, 128) < 2 * PROCESSORS
-        return WideLaunch(64, 64, 64, stages=4) if few else WideLaunch(64, 128, 64)
+        tiles = triton.cdiv(features, 64) * triton.cdiv(tokens, 128)
+        if tiles < 240:
+            return WideLaunch(64, 64, 64, stages=4)
+        if tiles > 7 * PROCESSORS and inputs > 4096:
+            return WideLaunch(128, 128, 64, warps=8, stages=4, registers=128)
+        return WideLaunch(64, 128, 64)
     tiles = triton.cdiv(features, 128) * triton.cdiv(tokens, 128)
     if tiles < PROCESSORS:
         return WideLaunch(64, 128, 128, stages=4)
-    if tiles < 7 * PROCESSORS:
+    if inputs <= 512 or (inputs <= 4096 and tiles < 7 * PROCESSORS):
         return WideLaunch(128, 128, 128, inputs=64, stages=4)
     return WideLaunch(128, 128, 128, warps=8)
 
 
 def wide_fits(rows: Tensor, operand: Operand) -> bool:
-    """Whether descriptors can read both (rows of whole 16 bytes), and steps are whole; rows are int8."""
+    """Whether descriptors can read both (rows of whole 16 bytes), steps are whole, and tiles fill a GPU
+    without sharing out their sums; rows are int8."""
     tokens, inputs = rows.shape
     if tokens < WIDE_ROWS or operand.levels is not None or not _has_engine(rows.device):
+        return False
+    if triton.cdiv(operand.data.shape[0], 64) * triton.cdiv(tokens, 128) < WIDE_TILES:
         return False
     if operand.bits == 8 and operand.group_scale is not None:
         return False

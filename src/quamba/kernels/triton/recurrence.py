@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quamba.formats.activation import Activation, Quantized
 from quamba.kernels.triton.quantize import check_dtype, check_last_stride, check_scale
+from quamba.kernels.triton.words import NATIVE
 
 # Programs that keep every multiprocessor of an H100 busy once.
 PROCESSORS = 132
@@ -23,6 +24,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # Adding it to a float32 below 2^22 leaves the nearest integer (ties to even) in the low mantissa bits.
 ROUNDER = tl.constexpr(12582912.0)
 FP16_MAX = tl.constexpr(65504.0)
+# Four int8, made unsigned by adding 128, as the last bytes of the float32 2^23 + byte.
+_BYTES_TO_FLOATS = tl.constexpr(
+    "{ .reg .b32 u, k; xor.b32 u, $4, 0x80808080; mov.b32 k, 0x4B000000;\n"
+    "prmt.b32 $0, u, k, 0x7440; prmt.b32 $1, u, k, 0x7441;\n"
+    "prmt.b32 $2, u, k, 0x7442; prmt.b32 $3, u, k, 0x7443; }"
+)
 # A token that decays by more than this (in powers of two) leaves nothing that float32 can hold.
 LARGEST_DECAY = tl.constexpr(-120.0)
 
@@ -198,6 +205,23 @@ def read_state_scale(
     if BY_COLUMN:
         at += column * scale_n
     return tl.load(at).to(tl.float32)
+
+
+@triton.jit
+def state_floats(state: tl.tensor) -> tl.tensor:
+    """float32 of a state of any dtype.
+
+    A GPU converts an int8 in the time of eight other instructions. Here each byte becomes the end of a float,
+    from which a constant is taken.
+    """
+    if NATIVE and state.dtype == tl.int8:
+        biased = tl.inline_asm_elementwise(
+            _BYTES_TO_FLOATS, "=r,=r,=r,=r,r", [state], dtype=tl.float32, is_pure=True, pack=4
+        )
+        real = biased - 8388736.0  # 2^23 + 128
+    else:
+        real = state.to(tl.float32)
+    return real
 
 
 @triton.jit

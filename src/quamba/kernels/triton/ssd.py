@@ -24,6 +24,7 @@ from quamba.kernels.triton.recurrence import (
     read_scales,
     read_state_scale,
     state_arguments,
+    state_floats,
     write_state,
 )
 from quamba.kernels.triton.ssd_chunks import Precision, scan_chunks, scan_launch
@@ -68,7 +69,7 @@ def step_launch(batch: int, nheads: int, headdim: int, d_state: int, codes: bool
     return StepLaunch(
         channels=channels,
         rows=rows,
-        stages=3 if rows > 1 else 1,
+        stages=1,
         num_warps=4 if channels * d_state > 1024 else 2,
     )
 
@@ -171,7 +172,7 @@ def _step_kernel(
     for row in tl.range(begin, tl.minimum(begin + ROWS, batch), num_stages=STAGES):
         b = tl.full((), 0, tl.int64) + row
         S_at = state + b * state_b + h * (P * N) + (p[:, None] * N + n[None, :])
-        S = tl.load(S_at, mask=inside, other=0).to(tl.float32)
+        S = state_floats(tl.load(S_at, mask=inside, other=0))
         delta = limited_softplus(dt_next.to(tl.float32) * dt_step + bias, low, high, LIMITED)
         decay = tl.exp2(delta * rate)
         x_p = x_next.to(tl.float32) * x_step
@@ -183,7 +184,7 @@ def _step_kernel(
             x_next = tl.load(x + following * x_b + h * P + p, mask=p_in, other=0)
             B_next = tl.load(B + following * B_b + first + n, mask=n_in, other=0)
             C_next = tl.load(C + following * C_b + first + n, mask=n_in, other=0)
-        S *= step * decay
+        S = S * decay * step  # not S * (step * decay): blocks of its layout would be converted every time
         S += (x_p * delta)[:, None] * B_n[None, :]
         write_state(S_at, S, per_step, inside)
         y_p = tl.sum(S * C_n[None, :], axis=1)

@@ -26,6 +26,7 @@ from quamba.kernels.triton.recurrence import (
     read_scale,
     read_scales,
     read_state_scale,
+    state_floats,
     write_state,
 )
 
@@ -448,7 +449,7 @@ def _states_kernel(
                 SCALE_BY_CHANNEL,
                 SCALE_BY_COLUMN,
             )
-        S = tl.load(S_at, mask=inside, other=0).to(tl.float32) * step
+        S = state_floats(tl.load(S_at, mask=inside, other=0)) * step
 
     x_step = read_scales(x_scale, h * P + p, p_in, X_MODE)
     padded = chunks * CHUNK

@@ -22,6 +22,7 @@ from quamba.kernels.triton.recurrence import (
     read_vector,
     softplus,
     state_arguments,
+    state_floats,
     write_state,
 )
 from quamba.kernels.triton.words import dot4
@@ -104,7 +105,7 @@ def _scan_kernel(
     W = tl.load(w + d[:, None] * R + r[None, :], mask=d_in[:, None] & r_in[None, :], other=0)
     inside = d_in[:, None] & n_in[None, :]
     S_at = state + b * state_b + d[:, None] * N + n[None, :]
-    S = tl.load(S_at, mask=inside, other=0).to(tl.float32)
+    S = state_floats(tl.load(S_at, mask=inside, other=0))
     step = 1.0
     if state_scale is not None:
         step = read_state_scale(
