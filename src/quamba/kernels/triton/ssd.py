@@ -30,11 +30,15 @@ from quamba.kernels.triton.recurrence import (
 from quamba.kernels.triton.ssd_chunks import Precision, scan_chunks, scan_launch
 
 
+#: Programs that fill an H200 while each has several states under way.
+_FULL = 384
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepLaunch:
     channels: int  # of a head, per program
     rows: int  # sequences per program, which share one read of the scales
-    stages: int  # states of so many sequences are under way; 1: each is asked for when it is needed, 2: in registers
+    stages: int  # states of so many sequences are under way; 1: each is asked for when it is needed
     num_warps: int
 
 
@@ -43,7 +47,7 @@ def step_candidates(batch: int, nheads: int, headdim: int, d_state: int, codes: 
     width, most = triton.next_power_of_2(d_state), triton.next_power_of_2(headdim)
     shapes = [(channels, warps) for channels in (8, 16, 32, 64) for warps in (1, 2, 4, 8) if channels <= most]
     shapes = [(channels, warps) for channels, warps in shapes if 16 <= channels * width // (32 * warps) <= 64]
-    shared = [(rows, stages) for rows in (2, 4, 8, 16) for stages in (1, 2, 3, 4) if 4 * rows <= batch]
+    shared = [(rows, stages) for rows in (2, 4, 8, 16) for stages in (1, 3, 4) if 4 * rows <= batch]
     return [
         StepLaunch(channels=channels, rows=rows, stages=stages, num_warps=warps)
         for channels, warps in shapes
@@ -63,13 +67,13 @@ def step_launch(batch: int, nheads: int, headdim: int, d_state: int, codes: bool
     while channels > 8 and batch * nheads * triton.cdiv(headdim, channels) < 4 * PROCESSORS:
         channels //= 2
     programs = batch * nheads * triton.cdiv(headdim, channels)
-    rows = 8
-    while rows > 1 and (not codes or rows > batch or programs < 8 * PROCESSORS * rows):
+    rows = 16
+    while rows > 1 and (not codes or rows > batch or programs < _FULL * rows):
         rows //= 2
     return StepLaunch(
         channels=channels,
         rows=rows,
-        stages=1,
+        stages=4 if rows > 1 else 1,
         num_warps=4 if channels * d_state > 1024 else 2,
     )
 
@@ -169,19 +173,10 @@ def _step_kernel(
     x_next = tl.load(x + b * x_b + h * P + p, mask=p_in, other=0)
     B_next = tl.load(B + b * B_b + first + n, mask=n_in, other=0)
     C_next = tl.load(C + b * C_b + first + n, mask=n_in, other=0)
-    S_first = state + h * (P * N) + (p[:, None] * N + n[None, :])
-    S_next = tl.zeros((BLOCK_P, BLOCK_N), state.dtype.element_ty)
-    if STAGES == 2:
-        S_next = tl.load(S_first + b * state_b, mask=inside, other=0)
-    for row in tl.range(begin, tl.minimum(begin + ROWS, batch), num_stages=1 if STAGES == 2 else STAGES):
+    for row in tl.range(begin, tl.minimum(begin + ROWS, batch), num_stages=STAGES):
         b = tl.full((), 0, tl.int64) + row
-        S_at = S_first + b * state_b
-        if STAGES == 2:
-            S = state_floats(S_next)
-            later = tl.full((), 0, tl.int64) + tl.minimum(row + 1, batch - 1)
-            S_next = tl.load(S_first + later * state_b, mask=inside, other=0)
-        else:
-            S = state_floats(tl.load(S_at, mask=inside, other=0))
+        S_at = state + b * state_b + h * (P * N) + (p[:, None] * N + n[None, :])
+        S = state_floats(tl.load(S_at, mask=inside, other=0))
         delta = limited_softplus(dt_next.to(tl.float32) * dt_step + bias, low, high, LIMITED)
         decay = tl.exp2(delta * rate)
         x_p = x_next.to(tl.float32) * x_step
