@@ -29,7 +29,6 @@ from quamba.kernels.triton.recurrence import (
 )
 from quamba.kernels.triton.ssd_chunks import Precision, scan_chunks, scan_launch
 
-
 #: Programs that fill an H200 while each has several states under way.
 _FULL = 384
 
