@@ -25,7 +25,6 @@ from quamba.kernels.triton.recurrence import (
     read_vector,
     softplus,
     state_arguments,
-    state_floats,
     write_state,
 )
 
@@ -354,12 +353,12 @@ def _scan_kernel(
     h = tl.zeros((EACH, BLOCK_D, LANES, 1), tl.float32)
     if PASS == 0:
         if state is not None:
-            h = state_floats(tl.load(state + b * state_b + at, mask=inside, other=0)) * step
+            h = tl.load(state + b * state_b + at, mask=inside, other=0).to(tl.float32) * step
     elif PASS == 1:
         if part == 0:
             initial = h
             if state is not None:
-                initial = state_floats(tl.load(state + b * state_b + at, mask=inside, other=0)) * step
+                initial = tl.load(state + b * state_b + at, mask=inside, other=0).to(tl.float32) * step
             tl.store(entering + slot, initial, mask=inside)
     else:
         h = tl.load(entering + slot, mask=inside, other=0.0)

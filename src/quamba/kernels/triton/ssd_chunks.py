@@ -26,7 +26,6 @@ from quamba.kernels.triton.recurrence import (
     read_scale,
     read_scales,
     read_state_scale,
-    state_floats,
     write_state,
 )
 
@@ -449,7 +448,7 @@ def _states_kernel(
                 SCALE_BY_CHANNEL,
                 SCALE_BY_COLUMN,
             )
-        S = state_floats(tl.load(S_at, mask=inside, other=0)) * step
+        S = tl.load(S_at, mask=inside, other=0).to(tl.float32) * step
 
     x_step = read_scales(x_scale, h * P + p, p_in, X_MODE)
     padded = chunks * CHUNK

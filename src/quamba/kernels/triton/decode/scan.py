@@ -22,7 +22,6 @@ from quamba.kernels.triton.recurrence import (
     read_vector,
     softplus,
     state_arguments,
-    state_floats,
     write_state,
 )
 from quamba.kernels.triton.words import dot4
@@ -105,7 +104,7 @@ def _scan_kernel(
     W = tl.load(w + d[:, None] * R + r[None, :], mask=d_in[:, None] & r_in[None, :], other=0)
     inside = d_in[:, None] & n_in[None, :]
     S_at = state + b * state_b + d[:, None] * N + n[None, :]
-    S = state_floats(tl.load(S_at, mask=inside, other=0))
+    S = tl.load(S_at, mask=inside, other=0).to(tl.float32)
     step = 1.0
     if state_scale is not None:
         step = read_state_scale(

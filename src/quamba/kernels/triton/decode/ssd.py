@@ -23,7 +23,6 @@ from quamba.kernels.triton.recurrence import (
     read_vector,
     softplus,
     state_arguments,
-    state_floats,
     write_state,
 )
 
@@ -107,7 +106,7 @@ def _ssd_kernel(
     p_in, n_in = p < P, n < N
     inside = p_in[:, None] & n_in[None, :]
     S_at = state + b * state_b + h * (P * N) + p[:, None] * N + n[None, :]
-    S = state_floats(tl.load(S_at, mask=inside, other=0))
+    S = tl.load(S_at, mask=inside, other=0).to(tl.float32)
     step = 1.0
     if state_scale is not None:
         step = read_state_scale(
