@@ -173,7 +173,8 @@ def _linear() -> Iterator[Case]:
         yield Case("linear", f"int8 x {name}, any scales", partial(scales, 5, format), _FLOAT32)
     for name in ("int8 channel", "int4 group"):
         format = _WEIGHTS[name]
-        for sizes in ((1, 3, 1280), (70, 130, 384), (17, 7, 128), (130, 140, 256)):
+        # The last has tiles enough for the kernels of prompts.
+        for sizes in ((1, 3, 1280), (70, 130, 384), (17, 7, 128), (130, 140, 256), (257, 2850, 256)):
             make = partial(integers, sizes, format, False)
             yield Case("linear", f"int8 x {name}, {'x'.join(map(str, sizes))}", make, _EXACT)
     yield Case("linear", "int8 x int8 channel, folded scale", folded, _EXACT)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quamba.formats.activation import Quantized
 from quamba.formats.weight import QuantizedWeight, WeightFormat
+from quamba.kernels.cases import Draw, all_cases
 from quamba.kernels.reference import linear as reference
 from quamba.kernels.triton import gemm_wide
 from quamba.kernels.triton import linear as linears
@@ -164,3 +165,9 @@ def test_launches_are_whole(bits: int, tokens: int, features: int) -> None:
     for launch in (wide_launch(chosen), *wide_candidates(chosen)):
         assert launch.tokens % launch.part == 0 and launch.features % 64 == 0
         assert bits == 8 or launch.inputs == 128
+
+
+def test_the_doctor_checks_wide_products() -> None:
+    sizes = {case.name: case.make(Draw(0))[0][:2] for case in all_cases("cuda") if "257x" in case.name}
+    found = [wide_fits(x.codes, operand_of(weight)) for x, weight in sizes.values()]
+    assert found == [True, True]

@@ -1,4 +1,5 @@
-"""Products with quantized weights: a few rows word by word, more of them on tensor cores (``gemm.py``)."""
+"""Products with quantized weights: a few rows word by word, more of them on tensor cores (``gemm.py``, and
+``gemm_wide.py`` for prompts)."""
 
 from __future__ import annotations
 
