@@ -242,7 +242,8 @@ def test_state_groups(device: torch.device, columns: int) -> None:
 def test_step_of_several_sequences_a_program(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int
 ) -> None:
-    """Programs of several sequences, the last of which has fewer, give what programs of one give."""
+    """Programs of several sequences, the last of which has fewer, give what programs of one give: the bits of
+    the state, and y, whose sum the compiler may add up in another order, to rounding."""
     args = first_token(random_args(device, 5, 1))
     states = [random_state(device, 5).to(dtype)] * 2
     options: dict[str, Any] = {}
@@ -256,7 +257,8 @@ def test_step_of_several_sequences_a_program(
         launch = StepLaunch(channels=8, rows=each, stages=each, num_warps=1)
         monkeypatch.setattr(module, "step_launch", lambda *sizes, launch=launch: launch)
         ys.append(ssd_step(**args, state=state, **options))
-    assert torch.equal(ys[0], ys[1]) and torch.equal(states[0], states[1])
+    assert torch.equal(states[0], states[1])
+    torch.testing.assert_close(ys[1], ys[0], rtol=0, atol=2**-20 * float(ys[0].abs().max()))
     assert not torch.equal(states[0][-1], states[0][-2])
 
 

@@ -187,8 +187,9 @@ def _step_kernel(
             x_next = tl.load(x + following * x_b + h * P + p, mask=p_in, other=0)
             B_next = tl.load(B + following * B_b + first + n, mask=n_in, other=0)
             C_next = tl.load(C + following * C_b + first + n, mask=n_in, other=0)
-        S = S * decay * step  # not S * (step * decay): blocks of its layout would be converted every time
-        S += (x_p * delta)[:, None] * B_n[None, :]
+        # Not S * (step * decay): blocks of its layout would be converted every time. And which of the two
+        # products is not rounded before the sum is said here, not left to the compiler, which decides by ROWS.
+        S = tl.fma(S * decay, step, (x_p * delta)[:, None] * B_n[None, :])
         write_state(S_at, S, per_step, inside)
         y_p = tl.sum(S * C_n[None, :], axis=1)
         if D is not None:
