@@ -29,15 +29,18 @@ from quamba.modules.rotate import Rotate
 if TYPE_CHECKING:
     from quamba.kernels.triton.decode.project import ConvStep
     from quamba.kernels.triton.decode.ssd import Part
-    from quamba.kernels.triton.decode.vectors import Vector
+    from quamba.kernels.triton.decode.vectors import Normed, Vector
 
 #: Sequences that are decoded this way: each costs all products of words again, and batches have tensor cores.
 #: Where the one becomes faster than the other was measured at 4 and 16 only.
 MOST_SEQUENCES = 4
 
 Launch = Callable[[], None]
+#: Channels of the residual stream and features of a projection up to which every program of the projection
+#: norms the residual again: a launch of its own takes longer.
+MOST_NORMED_CHANNELS, MOST_NORMED_FEATURES = 1024, 8192
 #: What a projection reads, and its scale if that is codes.
-_Input: TypeAlias = "tuple[Vector, Tensor | None]"
+_Input: TypeAlias = "tuple[Vector | Normed, Tensor | None]"
 
 
 class _UnfusedError(Exception):
@@ -118,11 +121,16 @@ class _Builder:
 
     def _norm(self, leaf: AddNorm, reader: Linear) -> _Input:
         from quamba.kernels.triton.decode.norm import norm
+        from quamba.kernels.triton.decode.vectors import Normed
 
         _require(not leaf.layer_norm, "LayerNorm has no kernel in it")
         scale = leaf.out_scale
         _require(scale is None or scale.numel() == 1, "norms give codes of one scale in it")
-        out = self._new_input(reader, self.residual.shape[1], scale)
+        channels = self.residual.shape[1]
+        short = channels <= MOST_NORMED_CHANNELS and reader.out_features <= MOST_NORMED_FEATURES
+        if short and channels % 32 == 0 and isinstance(reader.weight, QuantizedWeight):
+            return Normed(self.residual, leaf.weight, scale, leaf.eps), scale
+        out = self._new_input(reader, channels, scale)
         self._launch(norm, self.residual, leaf.weight, scale, out, leaf.eps)
         return out, scale
 

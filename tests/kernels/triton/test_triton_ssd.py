@@ -40,8 +40,9 @@ def use_launch(
         channels=channels,
         prepare_heads=4,
         state_warps=4,
+        state_stages=2,
         output_warps=4,
-        stages=2,
+        output_stages=2,
     )
     monkeypatch.setattr(module, "scan_launch", lambda *sizes: launch)
 
@@ -451,8 +452,8 @@ def test_launches_fill_the_gpu(monkeypatch: pytest.MonkeyPatch, batch: int, nhea
     monkeypatch.undo()
     scan = scan_launch(batch, length, nheads, 64, 128, 1, half=True)
     assert scan.chunk % scan.rows == 0
-    assert (scan.chunk, scan.channels) == (128 if length > 64 else 64, 64)
-    programs = batch * -(-length // scan.chunk) * -(-nheads // scan.heads)
+    assert (scan.chunk, scan.channels) == (128 if batch * length > 1024 else 64, 64)
+    programs = batch * -(-length // scan.chunk) * (scan.chunk // scan.rows) * -(-nheads // scan.heads)
     assert programs >= 96 or scan.heads == 1
     step = module.step_launch(batch, nheads, 64, 128)
     assert isinstance(step, StepLaunch)

@@ -24,11 +24,17 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # Adding it to a float32 below 2^22 leaves the nearest integer (ties to even) in the low mantissa bits.
 ROUNDER = tl.constexpr(12582912.0)
 FP16_MAX = tl.constexpr(65504.0)
-# Four int8, made unsigned by adding 128, as the last bytes of the float32 2^23 + byte.
+# Four int8, made unsigned by adding 128, as the last bytes of the float32 2^23 + byte,
 _BYTES_TO_FLOATS = tl.constexpr(
     "{ .reg .b32 u, k; xor.b32 u, $4, 0x80808080; mov.b32 k, 0x4B000000;\n"
     "prmt.b32 $0, u, k, 0x7440; prmt.b32 $1, u, k, 0x7441;\n"
     "prmt.b32 $2, u, k, 0x7442; prmt.b32 $3, u, k, 0x7443; }"
+)
+# or of the float16 1024 + byte, from which 1152 is taken.
+_BYTES_TO_HALVES = tl.constexpr(
+    "{ .reg .b32 u, k, one; xor.b32 u, $2, 0x80808080; mov.b32 k, 0x64646464; mov.b32 one, 0x64806480;\n"
+    "prmt.b32 $0, u, k, 0x4140; prmt.b32 $1, u, k, 0x4342; sub.rn.f16x2 $0, $0, one;"
+    " sub.rn.f16x2 $1, $1, one; }"
 )
 # A token that decays by more than this (in powers of two) leaves nothing that float32 can hold.
 LARGEST_DECAY = tl.constexpr(-120.0)
@@ -208,19 +214,31 @@ def read_state_scale(
 
 
 @triton.jit
-def state_floats(state: tl.tensor) -> tl.tensor:
-    """float32 of a state of any dtype.
+def as_floats(v: tl.tensor) -> tl.tensor:
+    """float32 of floats or int8 codes.
 
     A GPU converts an int8 in the time of eight other instructions. Here each byte becomes the end of a float,
     from which a constant is taken.
     """
-    if NATIVE and state.dtype == tl.int8:
+    if NATIVE and v.dtype == tl.int8:
         biased = tl.inline_asm_elementwise(
-            _BYTES_TO_FLOATS, "=r,=r,=r,=r,r", [state], dtype=tl.float32, is_pure=True, pack=4
+            _BYTES_TO_FLOATS, "=r,=r,=r,=r,r", [v], dtype=tl.float32, is_pure=True, pack=4
         )
         real = biased - 8388736.0  # 2^23 + 128
     else:
-        real = state.to(tl.float32)
+        real = v.to(tl.float32)
+    return real
+
+
+@triton.jit
+def as_halves(v: tl.tensor) -> tl.tensor:
+    """float16 of floats or int8 codes; see ``as_floats``."""
+    if NATIVE and v.dtype == tl.int8:
+        real = tl.inline_asm_elementwise(
+            _BYTES_TO_HALVES, "=&r,=&r,r", [v], dtype=tl.float16, is_pure=True, pack=4
+        )
+    else:
+        real = v.to(tl.float16)
     return real
 
 

@@ -17,6 +17,7 @@ from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.recurrence import (
     LOG2E,
     PROCESSORS,
+    as_floats,
     check_parameters,
     limited_softplus,
     operand,
@@ -24,7 +25,6 @@ from quamba.kernels.triton.recurrence import (
     read_scales,
     read_state_scale,
     state_arguments,
-    state_floats,
     write_state,
 )
 from quamba.kernels.triton.ssd_chunks import Precision, scan_chunks, scan_launch
@@ -175,7 +175,7 @@ def _step_kernel(
     for row in tl.range(begin, tl.minimum(begin + ROWS, batch), num_stages=STAGES):
         b = tl.full((), 0, tl.int64) + row
         S_at = state + b * state_b + h * (P * N) + (p[:, None] * N + n[None, :])
-        S = state_floats(tl.load(S_at, mask=inside, other=0))
+        S = as_floats(tl.load(S_at, mask=inside, other=0))
         delta = limited_softplus(dt_next.to(tl.float32) * dt_step + bias, low, high, LIMITED)
         decay = tl.exp2(delta * rate)
         x_p = x_next.to(tl.float32) * x_step
@@ -187,8 +187,8 @@ def _step_kernel(
             x_next = tl.load(x + following * x_b + h * P + p, mask=p_in, other=0)
             B_next = tl.load(B + following * B_b + first + n, mask=n_in, other=0)
             C_next = tl.load(C + following * C_b + first + n, mask=n_in, other=0)
-        # Not S * (step * decay): blocks of its layout would be converted every time. And which of the two
-        # products is not rounded before the sum is said here, not left to the compiler, which decides by ROWS.
+        # Not S * (step * decay): blocks of its layout would be converted every time. And the product
+        # that is not rounded before the sum is named: the compiler would choose by what else a program does.
         S = tl.fma(S * decay, step, (x_p * delta)[:, None] * B_n[None, :])
         write_state(S_at, S, per_step, inside)
         y_p = tl.sum(S * C_n[None, :], axis=1)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.recurrence import (
     LARGEST_DECAY,
@@ -22,6 +23,8 @@ from quamba.kernels.triton.recurrence import (
     ONE_SCALE,
     PROCESSORS,
     ROUNDER,
+    as_floats,
+    as_halves,
     limited_softplus,
     read_scale,
     read_scales,
@@ -37,6 +40,8 @@ Precision = Literal["half", "split", "tf32", "tf32x3", "ieee"]
 
 # Below this a largest number counts as this, so that scales have an inverse.
 SMALLEST = tl.constexpr(2.0**-60)
+# Above this, as this: what it bounds is below.
+LARGEST = tl.constexpr(2.0**126)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +54,9 @@ class ScanLaunch:
     channels: int  # of a head, in one product
     prepare_heads: int  # per program
     state_warps: int
+    state_stages: int  # of loads ahead of their use
     output_warps: int
-    stages: int  # of loads ahead of their use
+    output_stages: int
 
 
 @launch_choice("ssd_scan.launch")
@@ -60,34 +66,36 @@ def scan_launch(
     """From timings on an H200 (docs/notes/gpu-kernels.md): long chunks keep fewer states, and pay where a
     prompt is long; heads share operands as far as programs remain for the GPU."""
     channels = min(64, max(16, triton.next_power_of_2(headdim)))
-    long = half and length > 1024 and d_state <= 128
+    long = half and batch * length > 1024 and d_state <= 128
     # Of Triton 3.6 for sm_90, products of 64 bfloat16 rows with 16 or 32 columns are wrong (they go to wgmma;
     # seen on an H200: noise, or an illegal address). Of 32 rows, or with two warps, they go to mma.sync and
     # are right.
     narrow = not half and channels < 64
     chunk = 128 if long else 32 if narrow else 64
     items = nheads // ngroups * triton.cdiv(headdim, channels)
-    others = batch * ngroups * triton.cdiv(length, chunk)
+    rows = min(chunk, 64)
+    others = batch * ngroups * triton.cdiv(length, chunk) * (chunk // rows)
     return ScanLaunch(
         chunk=chunk,
-        rows=chunk,
+        rows=rows,
         heads=_heads_in_turn(items, others),
         channels=channels,
         prepare_heads=8,
-        state_warps=2 if narrow else 8 if d_state > 128 or batch * nheads > 2 * PROCESSORS else 4,
-        output_warps=8 if long else 4,
-        stages=3 if half else 2,
+        state_warps=2 if narrow else 8 if half else 4,
+        state_stages=3 if half else 2,
+        output_warps=4,
+        output_stages=2,
     )
 
 
 def _heads_in_turn(items: int, others: int) -> int:
     """For how many of its items a program reads B and C once: the number that takes the least time.
 
-    Reading them takes as long as an item; programs run in rounds of one a processor.
+    Reading them takes as long as an item; programs run in rounds of two a processor.
     """
 
     def time(heads: int) -> int:
-        return triton.cdiv(others * triton.cdiv(items, heads), PROCESSORS) * (heads + 1)
+        return triton.cdiv(others * triton.cdiv(items, heads), 2 * PROCESSORS) * (heads + 1)
 
     return min(range(1, min(items, 16) + 1), key=time)
 
@@ -113,7 +121,7 @@ def _factor(
 ) -> tl.tensor:
     """v as ``_product`` takes it: what the units hold exactly is narrowed once, however often it is used."""
     if PRECISION == "half":
-        factor = v.to(tl.float16)
+        factor = as_halves(v)
     elif EXACT and PRECISION == "split":
         factor = _narrow(v.to(tl.float32), INTERPRETED)
     else:
@@ -149,16 +157,6 @@ def _product(
     else:
         total = tl.dot(a, b, added, input_precision=PRECISION)
     return total
-
-
-@triton.jit
-def _as_floats(v: tl.tensor) -> tl.tensor:
-    """float32 of floats or int8 codes. Codes by an addition: conversions share their unit with exp2."""
-    if v.dtype == tl.int8:
-        value = (v.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - ROUNDER
-    else:
-        value = v.to(tl.float32)
-    return value
 
 
 @triton.jit
@@ -318,6 +316,7 @@ def _prepare_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
     HALF: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Program (chunk; some heads, or B or C of one group; sequence). What is written has no ragged edges.
 
@@ -328,6 +327,8 @@ def _prepare_kernel(
     totals[:, 2]        the decay of a chunk
     units[:, 0 and 1]   of B_out and C_out
     """
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
     blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     chunk = tl.program_id(0)
     part = tl.program_id(1)
@@ -415,12 +416,16 @@ def _states_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Program (part of a head, sequence): S <- decay S + sum_j weight_j x_j B_j^T, chunk after chunk.
 
     entering[b, chunk, head, part] is S^T (BLOCK_N, BLOCK_P) before the chunk, times entering_unit, a power
-    of two that leaves less than 2^15.
+    of two that leaves less than 2^15. It comes from a bound, as |B| <= 128 and weight <= 1 in their units: to
+    look for the largest element would keep the warps waiting for each other in every chunk. A bound that is
+    2^10 too large costs only the last bits of what is below 2^-19 of the largest.
     """
+    let_next_start(EARLY)
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     h = tl.program_id(0) // blocks
     part = tl.program_id(0) % blocks
@@ -429,8 +434,10 @@ def _states_kernel(
     p, n, q = part * BLOCK_P + own, tl.arange(0, BLOCK_N), tl.arange(0, CHUNK)
     p_in, n_in = p < P, n < N
     inside = n_in[:, None] & p_in[None, :]
+    wait_for_inputs(EARLY)
 
     S = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
+    bound = tl.full((), SMALLEST, tl.float32)
     S_at = state
     step = 1.0
     if state is not None:
@@ -449,8 +456,10 @@ def _states_kernel(
                 SCALE_BY_COLUMN,
             )
         S = tl.load(S_at, mask=inside, other=0).to(tl.float32) * step
+        bound = tl.maximum(bound, tl.max(tl.max(tl.abs(S), 1), 0))
 
     x_step = read_scales(x_scale, h * P + p, p_in, X_MODE)
+    x_peak = tl.max(x_step, 0) * 128.0
     padded = chunks * CHUNK
     weight_at = decays + ((b * 4 + 3) * H + h) * padded + q
     x_at = x + b * x_b + h * P + (q[:, None] * x_l + p[None, :])
@@ -462,17 +471,21 @@ def _states_kernel(
         decay = tl.load(heaviest_at + H * chunks + chunk)
         B_q = _factor(tl.load(B_at), B_EXACT, PRECISION, INTERPRETED)
         t_in = q < length - chunk * CHUNK
-        x_q = _as_floats(tl.load(x_at, mask=t_in[:, None] & p_in[None, :], other=0))
+        x_q = as_floats(tl.load(x_at, mask=t_in[:, None] & p_in[None, :], other=0))
         x_w = _factor(x_q * tl.load(weight_at)[:, None], False, PRECISION, INTERPRETED)
         weight_at += CHUNK
         x_at += CHUNK * x_l
         B_at += CHUNK * BLOCK_N
 
         slot = ((b * chunks + chunk) * H + h) * blocks + part
-        peak = _power_above(tl.max(tl.max(tl.abs(S), 1), 0))
+        peak = _power_above(bound)
         kept = (S * (_inverse_power(peak) * 32768.0)).to(entering.dtype.element_ty)
         tl.store(entering + slot * (BLOCK_N * BLOCK_P) + (n[:, None] * BLOCK_P + own[None, :]), kept)
         tl.store(entering_unit + slot, peak * (1.0 / 32768.0))
+        if X_MODE == 0:
+            x_peak = tl.max(tl.max(tl.abs(x_q), 1), 0)
+        bound = bound * decay + x_peak * unit * (128.0 * CHUNK)
+        bound = tl.minimum(tl.maximum(bound, SMALLEST), LARGEST)
 
         entered = _product(tl.trans(B_q), x_w, None, B_EXACT, False, PRECISION, INTERPRETED)
         S = S * decay + entered * (x_step * unit)[None, :]
@@ -516,11 +529,14 @@ def _outputs_kernel(
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Program (tokens of a chunk, group, one of ``turns`` parts of its heads; chunk; sequence).
 
     y_i = exp(decay_i) C_i S + sum_{j <= i} (C_i . B_j) exp(decay_i - decay_j) delta_j x_j + D x_i
     """
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     ITEMS: tl.constexpr = H // G * blocks
     X_EXACT: tl.constexpr = X_MODE > 0
@@ -595,7 +611,7 @@ def _outputs_kernel(
             y_i = _product(mix, x_w, y_i, False, X_EXACT, PRECISION, INTERPRETED)
             y_i *= (tl.exp2(rest_i) * (C_unit * unit))[:, None]
         if D is not None:
-            y_i += x_i.to(tl.float32) * (D_p * x_one)[None, :]
+            y_i += as_floats(x_i) * (D_p * x_one)[None, :]
         y_at = y + (b * length + begin) * (H * P) + (i[:, None] * (H * P) + p[None, :])
         tl.store(y_at, y_i.to(y.dtype.element_ty), mask=i_in[:, None] & p_in[None, :])
 
@@ -638,8 +654,8 @@ def scan_chunks(
         "entering_unit": floats(batch, chunks, nheads, parts, dtype=torch.float32),
     }
     sizes = {"H": nheads, "G": ngroups, "BLOCK_N": width, "CHUNK": launch.chunk}
-    lengths = {"length": length, "chunks": chunks}
-    products = {"PRECISION": precision, "INTERPRETED": x.device.type == "cpu", "num_stages": launch.stages}
+    lengths = {"length": length, "chunks": chunks, **dependent_launch(x.device)}
+    products = {"PRECISION": precision, "INTERPRETED": x.device.type == "cpu"}
 
     head_blocks = triton.cdiv(nheads, launch.prepare_heads)
     _prepare_kernel[(chunks, head_blocks + 2 * ngroups, batch)](
@@ -687,7 +703,9 @@ def scan_chunks(
         **sizes,
         **products,
     }
-    _states_kernel[(nheads * parts, batch)](**shared, **state, N=d_state, num_warps=launch.state_warps)
+    _states_kernel[(nheads * parts, batch)](
+        **shared, **state, N=d_state, num_warps=launch.state_warps, num_stages=launch.state_stages
+    )
     turns = triton.cdiv(nheads // ngroups * parts, launch.heads)
     _outputs_kernel[(launch.chunk // launch.rows * ngroups * turns, chunks, batch)](
         **shared,
@@ -700,4 +718,5 @@ def scan_chunks(
         D_BY_CHANNEL=D_BY_CHANNEL,
         ROWS=launch.rows,
         num_warps=launch.output_warps,
+        num_stages=launch.output_stages,
     )

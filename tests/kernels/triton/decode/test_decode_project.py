@@ -14,8 +14,10 @@ from quamba.formats.activation import Quantized, Rounding
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.reference.conv import causal_conv1d
 from quamba.kernels.reference.linear import linear
+from quamba.kernels.reference.norm import add_norm
+from quamba.kernels.triton.decode.norm import norm
 from quamba.kernels.triton.decode.project import CODES, FLOATS, HALVES, WIDE, ConvStep, Matrix, project
-from quamba.kernels.triton.decode.vectors import BLOCK, Vector
+from quamba.kernels.triton.decode.vectors import BLOCK, Normed, Vector
 
 FORMATS = {
     "int4-group": WeightFormat(4, "group", 128),
@@ -66,7 +68,7 @@ def random_wide(batch: int, inputs: int, device: torch.device, split: bool) -> V
     return Vector((split_rows(values) if split else values).to(device), scale.to(device), split)
 
 
-def matrix_of(weight: Tensor | QuantizedWeight, x: Vector, kind: int) -> Matrix:
+def matrix_of(weight: Tensor | QuantizedWeight, x: Vector | Normed, kind: int) -> Matrix:
     matrix = Matrix.of(weight, x)
     assert matrix is not None and matrix.kind == kind
     return matrix
@@ -166,6 +168,44 @@ def test_wide_codes(
     project(x, matrix_of(weight, x, WIDE), out, bias=bias)
     exact = real(x) @ weight.dequantize(torch.float64).T + bias.double()
     assert_as_accurate(out, linear(real(x).float(), weight, bias), exact)
+    assert is_untouched(behind)
+
+
+def normed(batch: int, inputs: int, scale: Tensor | None, weighted: bool, device: torch.device) -> Normed:
+    """Of a residual whose norm has no ties of codes, which a sum in another order may round elsewhere."""
+    weight = torch.rand(inputs) + 0.5 if weighted else None
+    residual = torch.randn(batch, inputs) * torch.tensor([[0.1], [3.0], [1.0], [40.0]])[:batch]
+    for _ in range(50):
+        exact, _ = add_norm(residual.double(), None, weight, eps=1e-3, out_dtype=torch.float64)
+        quotient = exact / (1.0 if scale is None else scale.double())
+        ties = (quotient - quotient.floor() - 0.5).abs() < 1e-4
+        if scale is None or not ties.any():
+            given = None if weight is None else weight.to(device)
+            return Normed(residual.to(device), given, None if scale is None else scale.to(device), 1e-3)
+        residual[ties] += 0.01 * residual[ties].abs() + 1e-3
+    raise AssertionError("ties remain")
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["codes", "wide"])
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[3]], ids=str)
+def test_norm_as_it_reads(
+    name: str, wide: bool, shape: tuple[int, ...], use_rows: UseRows, device: torch.device
+) -> None:
+    """What the norm's own launch and a projection of its result give."""
+    batch, features, inputs, rows, chunk = shape
+    use_rows(rows, chunk)
+    weight = random_weight(name, features, inputs, device)
+    x = normed(batch, inputs, None if wide else torch.tensor(0.02), features % 2 == 1, device)
+    stored = Vector.wide(batch, inputs, device, False) if wide else Vector.codes(batch, inputs, device, False)
+    norm(x.residual, x.weight, x.scale, stored, x.eps)
+    assert wide or int(stored.values.abs().max()) == 127
+    kind = WIDE if wide else CODES
+    (out, behind), (expected, _) = (guarded(batch, features, torch.float32, device) for _ in range(2))
+    project(x, matrix_of(weight, x, kind), out, x_scale=x.scale)
+    project(stored, matrix_of(weight, stored, kind), expected, x_scale=x.scale)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert wide or torch.equal(out, expected)
     assert is_untouched(behind)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,15 +13,18 @@ from torch import Tensor
 
 from quamba.formats.weight import QuantizedWeight
 from quamba.kernels.triton.codes import codes_and_scales
+from quamba.kernels.triton.decode.normed import normed_wide_words, normed_words, read_factors
 from quamba.kernels.triton.decode.rows import (
     read_group_scales,
     read_rows,
+    read_wide_words,
+    read_words,
     sums_of_codes,
     sums_of_floats,
     sums_of_halves,
     sums_of_wide_codes,
 )
-from quamba.kernels.triton.decode.vectors import Vector
+from quamba.kernels.triton.decode.vectors import Normed, Vector
 from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.quantize import silu, to_codes
@@ -28,6 +32,8 @@ from quamba.kernels.triton.quantize import silu, to_codes
 # What x and the weights are (a constexpr of the kernel).
 CODES, HALVES, FLOATS, WIDE = 0, 1, 2, 3
 _KINDS = ("int8", "float16", "float", "wide")
+#: Weight rows of a program that norms the residual itself, at least.
+_NORMED_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,11 @@ def row_launch(tokens: int, features: int, elements: int, kind: int, bits: int, 
     return RowLaunch(rows=rows, chunk=chunk, warps=max(1, min(4, rows * held // 2048)))
 
 
+def fewer_programs(launch: RowLaunch) -> RowLaunch:
+    """For a residual that every program norms."""
+    return dataclasses.replace(launch, rows=max(_NORMED_ROWS, launch.rows))
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A weight as the kernels take it.
@@ -106,23 +117,20 @@ class Matrix:
         return self.inputs if self.kind == FLOATS else self.inputs * self.bits // 32
 
     @classmethod
-    def of(cls, weight: Tensor | QuantizedWeight, x: Vector) -> Matrix | None:
+    def of(cls, weight: Tensor | QuantizedWeight, x: Vector | Normed) -> Matrix | None:
         """For such x; None for what these kernels do not multiply."""
-        x_is_float = x.values.dtype != torch.int8
         features, inputs = weight.shape
         if not isinstance(weight, QuantizedWeight):
-            fits = x_is_float and weight.is_contiguous()
+            fits = x.is_float and weight.is_contiguous()
             return cls(weight, None, FLOATS, 16, features, inputs) if fits else None
         data, scale, bits = codes_and_scales(weight)
         groups = scale.shape[1]
         whole = inputs % (128 if groups > 1 else 32) == 0 and (groups == 1 or inputs // groups == 128)
-        if (
-            not whole
-            or not data.is_contiguous()
-            or (x_is_float and (bits == 8 or x.values.dtype != torch.float16))
-        ):
+        if not whole or not data.is_contiguous():
             return None
-        kind = HALVES if x_is_float else CODES if x.wide_scale is None else WIDE
+        if isinstance(x, Vector) and x.is_float and (bits == 8 or x.values.dtype != torch.float16):
+            return None
+        kind = HALVES if x.is_float else WIDE if x.is_wide else CODES
         return cls(data.view(torch.int32), scale, kind, bits, features, inputs)
 
 
@@ -143,6 +151,9 @@ def _project_kernel(
     scale: tl.tensor,
     x_scale: tl.tensor,
     wide_scale: tl.tensor,
+    norm_weight: tl.tensor,
+    norm_scale: tl.tensor,
+    norm_eps: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
     out_scale: tl.tensor,
@@ -168,11 +179,13 @@ def _project_kernel(
     WIDTH: tl.constexpr,
     HALF_AWAY: tl.constexpr,
     TOKENS: tl.constexpr,
+    NORMED: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
+    """NORMED: x is the residual stream, whose norm is what the weights are multiplied by."""
     let_next_start(EARLY)
     first_row = tl.program_id(0) * ROWS
     n = first_row + tl.arange(0, ROWS)
@@ -193,6 +206,9 @@ def _project_kernel(
     step = tl.full([ROWS], 1.0, tl.float32)
     if out_scale is not None:
         step = _scale_of(out_scale, n, inside, OUT_SCALES)
+    factors = ()
+    if NORMED:
+        factors = read_factors(norm_weight, norm_scale, ROW, CHUNK, BITS)
     windows, products = (), ()
     if window is not None:
         c = n - conv_first
@@ -220,17 +236,24 @@ def _project_kernel(
     for m in tl.static_range(TOKENS):
         if residual is not None:  # early, beside x
             old = tl.load(residual + m * features + n, mask=inside, other=0)
+        x_at = x + m * x_row
         if KIND == 0:
-            sums = sums_of_codes(x + m * x_row, weights, scales, ROWS, ROW, CHUNK, GROUPS, BITS, SPLIT)
+            if NORMED:
+                words = normed_words(x_at, factors, norm_eps, ROW, CHUNK, BITS)
+            else:
+                words = read_words(x_at, ROW, CHUNK, BITS, SPLIT)
+            sums = sums_of_codes(words, weights, scales, ROW, CHUNK, GROUPS, BITS)
         elif KIND == 1:
-            sums = sums_of_halves(x + m * x_row, weights, scales, ROWS, ROW, CHUNK, GROUPS)
+            sums = sums_of_halves(x_at, weights, scales, ROWS, ROW, CHUNK, GROUPS)
         elif KIND == 3:
-            steps = wide_scale + m * (ROW // BITS)
-            sums = sums_of_wide_codes(
-                x + m * x_row, steps, weights, scales, ROWS, ROW, CHUNK, GROUPS, BITS, SPLIT
-            )
+            if NORMED:
+                high, low, steps = normed_wide_words(x_at, factors, norm_eps, ROW, CHUNK, BITS)
+            else:
+                steps_at = wide_scale + m * (ROW // BITS)
+                high, low, steps = read_wide_words(x_at, steps_at, ROW, CHUNK, BITS, SPLIT)
+            sums = sums_of_wide_codes(high, low, steps, weights, scales, ROW, CHUNK, GROUPS, BITS)
         else:
-            sums = sums_of_floats(x + m * x_row, weights, ROWS, ROW, CHUNK)
+            sums = sums_of_floats(x_at, weights, ROWS, ROW, CHUNK)
         y = sums * row_scale + shift
         if residual is not None:
             # As large as the projection alone would have given it.
@@ -281,7 +304,7 @@ class ConvStep:
 
 
 def project(
-    x: Vector,
+    x: Vector | Normed,
     matrix: Matrix,
     out: Tensor,
     *,
@@ -293,22 +316,28 @@ def project(
 ) -> None:
     """out[b] = W x[b] + bias, as ``kernels/reference/linear.py`` has it, for B of 1 to 4; one launch.
 
-    x         (B, K) of codes, floats or wide codes
+    x         (B, K) of codes, floats or wide codes, or a residual to be normed
     out       (B, N) int8 where there is an out_scale () or (N,), else float
     x_scale   () or None where the weight's columns contain it
     conv      its channels of out are then those of the convolution, whose window moves on by one
     residual  (B, N) float: out is only added to it, and not written
     """
-    batch = x.values.shape[0]
+    if isinstance(x, Normed):
+        values, norm, split = x.residual, (None, x.weight, x.scale, x.eps), False
+    else:
+        values, norm, split = x.values, (x.wide_scale, None, None, 0.0), x.split
+    batch = values.shape[0]
     scale = matrix.scale
     groups = 1 if scale is None else scale.shape[1]
     launch = row_launch(batch, matrix.features, matrix.elements, matrix.kind, matrix.bits, groups)
+    if isinstance(x, Normed):
+        launch = fewer_programs(launch)
     _project_kernel[(triton.cdiv(matrix.features, launch.rows),)](
-        x.values,
+        values,
         matrix.data,
         scale,
         x_scale,
-        x.wide_scale,
+        *norm,
         bias,
         out,
         out_scale,
@@ -319,15 +348,16 @@ def project(
         BITS=matrix.bits,
         ROW=matrix.elements,
         GROUPS=groups,
-        x_row=x.values.stride(0),
+        x_row=values.stride(0),
         ONE_ROW_SCALE=scale is not None and scale.shape[0] == 1,
         OUT_SCALES=out_scale is not None and out_scale.ndim == 1,
         TOKENS=batch,
-        SPLIT=x.split,
+        NORMED=isinstance(x, Normed),
+        SPLIT=split,
         ROWS=launch.rows,
         CHUNK=launch.chunk,
         num_warps=launch.warps,
-        **dependent_launch(x.values.device),
+        **dependent_launch(values.device),
     )
 
 

@@ -78,9 +78,7 @@ def _read_vector(x: tl.tensor, ROW: tl.constexpr, CHUNK: tl.constexpr, EACH: tl.
 
 
 @triton.jit
-def _read_words(
-    x: tl.tensor, ROW: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr
-):
+def read_words(x: tl.tensor, ROW: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr):
     """Two tuples of int32 blocks: for 4 bits even and odd ones of every eight int8, else all, twice."""
     words = x.to(tl.pointer_type(tl.int32), bitcast=True)
     if BITS == 8:
@@ -116,19 +114,38 @@ def _lane_sums(part: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def sums_of_codes(
+def read_wide_words(
     x: tl.tensor,
+    x_scale: tl.tensor,
+    ROW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Of wide codes (``vectors.py``): the words of the high and of the low halves, and the scale of every
+    LANE words."""
+    COLUMNS: tl.constexpr = ROW * 32 // BITS
+    PER: tl.constexpr = BITS // 4  # lanes' words that share a scale of x: 32 inputs are 4 words, or 8
+    high, low = read_words(x, ROW, CHUNK, BITS, SPLIT), read_words(x + COLUMNS, ROW, CHUNK, BITS, SPLIT)
+    steps = ()
+    for first in tl.static_range(0, ROW, CHUNK):
+        lane = first // LANE + tl.arange(0, chunk_size(ROW - first, CHUNK) // LANE)
+        steps = steps + (tl.load(x_scale + lane // PER, mask=lane < ROW // LANE, other=0),)
+    return high, low, steps
+
+
+@triton.jit
+def sums_of_codes(
+    words,
     weights,
     scales,
-    ROWS: tl.constexpr,
     ROW: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
     BITS: tl.constexpr,
-    SPLIT: tl.constexpr,
 ) -> tl.tensor:
-    """float32 (ROWS,): sums of int8 x times codes; for 4 bits 16 times as large."""
-    even, odd = _read_words(x, ROW, CHUNK, BITS, SPLIT)
+    """float32 (rows,): sums of int8 (``read_words``) times codes; for 4 bits 16 times as large."""
+    even, odd = words
     sums = _lane_sums(_products(weights[0], even[0], odd[0], BITS))
     total = sums.to(tl.float32) * scales[0].to(tl.float32) if GROUPS > 1 else sums
     for i in tl.static_range(1, ROW // CHUNK):
@@ -151,26 +168,19 @@ def _wide_part(word, high_even, high_odd, low_even, low_odd, step, BITS: tl.cons
 
 @triton.jit
 def sums_of_wide_codes(
-    x: tl.tensor,
-    x_scale: tl.tensor,
+    high,
+    low,
+    steps,
     weights,
     scales,
-    ROWS: tl.constexpr,
     ROW: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
     BITS: tl.constexpr,
-    SPLIT: tl.constexpr,
 ) -> tl.tensor:
-    """float32 (ROWS,): sums of x in wide codes (``vectors.py``) times codes; for 4 bits 16 times as large."""
-    COLUMNS: tl.constexpr = ROW * 32 // BITS
-    PER: tl.constexpr = BITS // 4  # lanes' words that share a scale of x: 32 inputs are 4 words, or 8
-    he, ho = _read_words(x, ROW, CHUNK, BITS, SPLIT)
-    le, lo = _read_words(x + COLUMNS, ROW, CHUNK, BITS, SPLIT)
-    steps = ()
-    for first in tl.static_range(0, ROW, CHUNK):
-        lane = first // LANE + tl.arange(0, chunk_size(ROW - first, CHUNK) // LANE)
-        steps = steps + (tl.load(x_scale + lane // PER, mask=lane < ROW // LANE, other=0),)
+    """float32 (rows,): sums of wide codes (``read_wide_words``) times codes; for 4 bits 16 times as large."""
+    he, ho = high
+    le, lo = low
     total = _wide_part(weights[0], he[0], ho[0], le[0], lo[0], steps[0], BITS)
     if GROUPS > 1:
         total *= scales[0].to(tl.float32)

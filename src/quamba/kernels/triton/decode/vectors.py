@@ -47,6 +47,36 @@ class Vector:
     def floats(cls, batch: int, channels: int, device: torch.device, dtype: torch.dtype) -> Vector:
         return cls(torch.zeros(batch, channels, dtype=dtype, device=device))
 
+    @property
+    def is_float(self) -> bool:
+        return self.values.dtype != torch.int8
+
+    @property
+    def is_wide(self) -> bool:
+        return self.wide_scale is not None
+
+
+@dataclass(frozen=True)
+class Normed:
+    """What the RMSNorm of the residual stream makes of it, for a projection that computes it as it reads
+    (``normed.py``).
+
+    residual  (B, C) float, contiguous, C a multiple of 32
+    weight    (C,) float, or None
+    scale     () of int8 codes; None: wide codes
+    """
+
+    residual: Tensor
+    weight: Tensor | None
+    scale: Tensor | None
+    eps: float
+
+    is_float = False
+
+    @property
+    def is_wide(self) -> bool:
+        return self.scale is None
+
 
 @triton.jit
 def place(c: tl.tensor, CHANNELS: tl.constexpr, SPLIT: tl.constexpr) -> tl.tensor:
