@@ -22,16 +22,17 @@ def read_factors(
     codes."""
     EACH: tl.constexpr = 32 // BITS
     factors = ()
-    step = 1.0
+    step = tl.full((), 1.0, tl.float32)
     if scale is not None:
-        step = tl.div_rn(1.0, tl.load(scale).to(tl.float32))
+        step = tl.div_rn(step, tl.load(scale).to(tl.float32))
     for first in tl.static_range(0, ROW, CHUNK):
         word = first + tl.arange(0, chunk_size(ROW - first, CHUNK))[:, None]
-        factor = tl.zeros([chunk_size(ROW - first, CHUNK), EACH], tl.float32) + 1.0
         if weight is not None:
             at = weight + word * EACH + tl.arange(0, EACH)[None, :]
-            factor = tl.load(at, mask=word < ROW, other=0).to(tl.float32)
-        factors = factors + (factor * step,)
+            factor = tl.load(at, mask=word < ROW, other=0).to(tl.float32) * step
+        else:
+            factor = tl.full([word.shape[0], EACH], 1.0, tl.float32) * step
+        factors = factors + (factor,)
     return factors
 
 
@@ -126,12 +127,11 @@ def normed_wide_words(
     values = _normed(residual, factors, eps, ROW, CHUNK, BITS)
     he, ho, le, lo, steps = (), (), (), (), ()
     for i in tl.static_range(0, (ROW + CHUNK - 1) // CHUNK):
-        words: tl.constexpr = values[i].shape[0]
-        high, low, scale = wide_codes(tl.reshape(values[i], [words * EACH // 32, 32]))
-        a, b = _by_words(tl.reshape(high.to(tl.int32), [words, EACH]))
+        high, low, scale = wide_codes(tl.reshape(values[i], [values[i].shape[0] * EACH // 32, 32]))
+        a, b = _by_words(tl.reshape(high.to(tl.int32), values[i].shape))
         he, ho = he + (_as_word(a),), ho + (_as_word(b),)
-        a, b = _by_words(tl.reshape(low.to(tl.int32), [words, EACH]))
+        a, b = _by_words(tl.reshape(low.to(tl.int32), values[i].shape))
         le, lo = le + (_as_word(a),), lo + (_as_word(b),)
-        spread = scale[:, None].broadcast_to(words * EACH // 32, PER)
-        steps = steps + (tl.reshape(spread, [words // LANE]),)
+        spread = scale[:, None].broadcast_to(scale.shape[0], PER)
+        steps = steps + (tl.reshape(spread, [values[i].shape[0] // LANE]),)
     return (he, ho), (le, lo), steps
