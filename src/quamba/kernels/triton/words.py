@@ -149,3 +149,36 @@ def saturated_bytes(a, b, c, d):
     low = (round_code(a).to(tl.int32) & 0xFF) | ((round_code(b).to(tl.int32) & 0xFF) << 8)
     high = (round_code(c).to(tl.int32) & 0xFF) | ((round_code(d).to(tl.int32) & 0xFF) << 8)
     return low | (high << 16)
+
+
+# The last 16 bits of 1.5 * 2^23 + n are n; adding 128 rounds to the high byte, as the low one is signed.
+_WIDE_BYTES = tl.constexpr(
+    "{ .reg .f32 e, f, g, h; .reg .b32 a, b, c, d, u, v;\n"
+    "add.rn.f32 e, $2, 0f4B400000; add.rn.f32 f, $3, 0f4B400000;\n"
+    "add.rn.f32 g, $4, 0f4B400000; add.rn.f32 h, $5, 0f4B400000;\n"
+    "mov.b32 a, e; mov.b32 b, f; mov.b32 c, g; mov.b32 d, h;\n"
+    "prmt.b32 u, a, b, 0x0040; prmt.b32 v, c, d, 0x0040; prmt.b32 $1, u, v, 0x5410;\n"
+    "add.s32 a, a, 128; add.s32 b, b, 128; add.s32 c, c, 128; add.s32 d, d, 128;\n"
+    "prmt.b32 u, a, b, 0x0051; prmt.b32 v, c, d, 0x0051; prmt.b32 $0, u, v, 0x5410; }"
+)
+
+
+@triton.jit
+def wide_bytes(a, b, c, d):
+    """Words (high, low) of four float32 rounded half to even, up to 32639 in size: each is 256 high + low in
+    two int8; a is in the lowest bytes."""
+    if NATIVE:
+        words = tl.inline_asm_elementwise(
+            _WIDE_BYTES, "=&r,=&r,f,f,f,f", [a, b, c, d], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    else:
+        e, f, g, h = _whole(a), _whole(b), _whole(c), _whole(d)
+        low = (e & 255) | ((f & 255) << 8) | ((g & 255) << 16) | (h << 24)
+        e, f, g, h = (e + 128) >> 8, (f + 128) >> 8, (g + 128) >> 8, (h + 128) >> 8
+        words = ((e & 255) | ((f & 255) << 8) | ((g & 255) << 16) | (h << 24), low)
+    return words
+
+
+@triton.jit
+def _whole(v):
+    return (v + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from quamba.kernels.triton.decode.rows import LANE, chunk_size
-from quamba.kernels.triton.decode.vectors import wide_codes
-from quamba.kernels.triton.words import saturated_bytes
+from quamba.kernels.triton.decode.vectors import wide_step
+from quamba.kernels.triton.words import reciprocal, saturated_bytes, wide_bytes
 
 
 @triton.jit
@@ -82,10 +82,9 @@ def _by_words(v: tl.tensor):
 
 
 @triton.jit
-def _as_word(v: tl.tensor) -> tl.tensor:
-    """(words, 4) integers of 8 bits in int32, as one int32 each."""
+def _wide(v: tl.tensor):
     a, b, c, d = _fours(v)
-    return (a & 255) | ((b & 255) << 8) | ((c & 255) << 16) | (d << 24)
+    return wide_bytes(a, b, c, d)
 
 
 @triton.jit
@@ -127,11 +126,13 @@ def normed_wide_words(
     values = _normed(residual, factors, eps, ROW, CHUNK, BITS)
     he, ho, le, lo, steps = (), (), (), (), ()
     for i in tl.static_range(0, (ROW + CHUNK - 1) // CHUNK):
-        high, low, scale = wide_codes(tl.reshape(values[i], [values[i].shape[0] * EACH // 32, 32]))
-        a, b = _by_words(tl.reshape(high.to(tl.int32), values[i].shape))
-        he, ho = he + (_as_word(a),), ho + (_as_word(b),)
-        a, b = _by_words(tl.reshape(low.to(tl.int32), values[i].shape))
-        le, lo = le + (_as_word(a),), lo + (_as_word(b),)
-        spread = scale[:, None].broadcast_to(scale.shape[0], PER)
+        largest = tl.max(tl.abs(values[i]), axis=1)
+        largest = tl.max(tl.reshape(largest, [largest.shape[0] * EACH // 32, 32 // EACH]), axis=1)
+        step = wide_step(largest)
+        inverse = reciprocal(step)[:, None].broadcast_to(step.shape[0], 32 // EACH)
+        a, b = _by_words(values[i] * tl.reshape(inverse, [values[i].shape[0]])[:, None])
+        even, odd = _wide(a), _wide(b)
+        he, ho, le, lo = he + (even[0],), ho + (odd[0],), le + (even[1],), lo + (odd[1],)
+        spread = step[:, None].broadcast_to(step.shape[0], PER)
         steps = steps + (tl.reshape(spread, [values[i].shape[0] // LANE]),)
     return (he, ho), (le, lo), steps

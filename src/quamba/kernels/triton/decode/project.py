@@ -32,8 +32,8 @@ from quamba.kernels.triton.quantize import silu, to_codes
 # What x and the weights are (a constexpr of the kernel).
 CODES, HALVES, FLOATS, WIDE = 0, 1, 2, 3
 _KINDS = ("int8", "float16", "float", "wide")
-#: Weight rows of a program that norms the residual itself, at least.
-_NORMED_ROWS = 4
+#: Words of weights in a program that norms the residual itself: few programs, so that few norm it.
+_NORMED_WORDS = 1536
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,12 @@ def row_launch(tokens: int, features: int, elements: int, kind: int, bits: int, 
     return RowLaunch(rows=rows, chunk=chunk, warps=max(1, min(4, rows * held // 2048)))
 
 
-def fewer_programs(launch: RowLaunch) -> RowLaunch:
-    """For a residual that every program norms."""
-    return dataclasses.replace(launch, rows=max(_NORMED_ROWS, launch.rows))
+def fewer_programs(launch: RowLaunch, elements: int) -> RowLaunch:
+    """For a residual that every program norms; elements are words of a row."""
+    rows = launch.rows
+    while 2 * rows * elements <= _NORMED_WORDS:
+        rows *= 2
+    return dataclasses.replace(launch, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -331,7 +334,7 @@ def project(
     groups = 1 if scale is None else scale.shape[1]
     launch = row_launch(batch, matrix.features, matrix.elements, matrix.kind, matrix.bits, groups)
     if isinstance(x, Normed):
-        launch = fewer_programs(launch)
+        launch = fewer_programs(launch, matrix.elements)
     _project_kernel[(triton.cdiv(matrix.features, launch.rows),)](
         values,
         matrix.data,

@@ -85,9 +85,15 @@ def place(c: tl.tensor, CHANNELS: tl.constexpr, SPLIT: tl.constexpr) -> tl.tenso
 
 
 @triton.jit
+def wide_step(largest: tl.tensor) -> tl.tensor:
+    """The scale of blocks whose largest absolute values these are."""
+    return tl.maximum(largest, 1e-30) * (1.0 / _LARGEST)
+
+
+@triton.jit
 def wide_codes(x: tl.tensor):
     """(high, low, scale) of x (blocks, 32) float32: int8, int8, float32 (blocks,)."""
-    scale = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30) * (1.0 / _LARGEST)
+    scale = wide_step(tl.max(tl.abs(x), axis=1))
     ratio = x * tl.div_rn(1.0, scale)[:, None]
     code = (ratio + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
     low = ((code + 128) & 255) - 128
