@@ -111,7 +111,9 @@ class _Builder:
         return FusedStep(_values(logits), per_block, self._embed, tuple(self.launches))
 
     def _embed(self, ids: Tensor) -> None:
-        self.residual.copy_(self.network.backbone.embedding(ids))
+        from quamba.kernels.triton.embedding import embed
+
+        embed(ids, self.network.backbone.embedding.weight, self.residual, self.floats)
 
     def _block(self, block: Block, states: LayerCache) -> None:
         mixer = block.mixer

@@ -7,7 +7,7 @@ import torch
 
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.reference import embedding as reference
-from quamba.kernels.triton.embedding import embedding
+from quamba.kernels.triton.embedding import embed, embedding
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -46,6 +46,20 @@ def test_float(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     weight, ids = torch.randn(VOCABULARY, 70).to(dtype), torch.randint(VOCABULARY, shape)
     given = embedding(ids.to(device), weight.to(device))
     assert torch.equal(given.cpu(), reference.embedding(ids, weight))
+
+
+@pytest.mark.parametrize("rounds_to", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_into_a_residual(four_bits: bool, rounds_to: torch.dtype, device: torch.device) -> None:
+    """float32 of what the lookup gives in another type; ids on both sides of it are not written."""
+    if rounds_to == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter truncates to bfloat16")
+    weight = table(48, WeightFormat(4, "group", 16)) if four_bits else torch.randn(VOCABULARY, 48)
+    ids = torch.randint(VOCABULARY, (3,))
+    out = torch.full((5, 48), 7.0, device=device)
+    embed(ids.to(device), weight.to(device), out[1:4], rounds_to)
+    assert torch.equal(out[1:4].cpu(), reference.embedding(ids, weight, out_dtype=rounds_to).float())
+    assert (out[0] == 7).all() and (out[4] == 7).all()
 
 
 def test_strided_ids_and_table(device: torch.device) -> None:

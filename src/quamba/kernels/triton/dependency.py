@@ -12,9 +12,9 @@ steps of decoding, where a launch of one microsecond is much of the two to ten t
 with an ordinary launch waits for the end of the one before.
 
 The kernels of a fused step (``decode/``) read more early: states of their own layer. A step must begin with
-an ordinary launch (the copy of the embeddings), which keeps two steps apart. Kernels of single ops may follow
-each other in any order and number, so they read states after they have waited. To fetch states and weights
-into the L2 cache before that made steps of batches slower, not faster (docs/notes/gpu-kernels.md).
+an ordinary launch (the lookup), which keeps two steps apart. Kernels of single ops may follow each other in
+any order and number, so they read states after they have waited. To fetch states and weights into the L2
+cache before that made steps of batches slower, not faster (docs/notes/gpu-kernels.md).
 """
 
 from __future__ import annotations

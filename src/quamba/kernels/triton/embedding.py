@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.weight import QuantizedWeight
-from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.dependency import (
+    ORDINARY_LAUNCH,
+    dependent_launch,
+    let_next_start,
+    wait_for_inputs,
+)
 from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.quantize import Tile, check_dtype, check_last_stride
+
+_ROUNDED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @launch_choice("embedding.tile")
@@ -34,8 +43,10 @@ def _embedding_kernel(
     column_blocks: tl.tensor,
     BITS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    THROUGH: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
+    """THROUGH: a type to which values are rounded before that of y, or None."""
     let_next_start(EARLY)
     program = tl.program_id(0).to(tl.int64)
     token = program // column_blocks
@@ -55,6 +66,8 @@ def _embedding_kernel(
         place = scale + row * scale_row_stride + column // group_width
         value *= tl.load(place, mask=inside, other=0).to(tl.float32)
     value = tl.where(known, value, float("nan"))
+    if THROUGH is not None:
+        value = value.to(THROUGH)
     tl.store(y + token * columns + column, value.to(y.dtype.element_ty), mask=inside)
 
 
@@ -63,6 +76,23 @@ def embedding(
 ) -> Tensor:
     """``reference.embedding.embedding``. An id outside the table gives a row of NaN: raising would need to
     wait for the device."""
+    y = torch.empty(*ids.shape, weight.shape[1], dtype=out_dtype, device=ids.device)
+    _look_up(ids, weight, y, None, dependent_launch(y.device))
+    return y
+
+
+def embed(ids: Tensor, weight: Tensor | QuantizedWeight, out: Tensor, rounds_to: torch.dtype) -> None:
+    """out (tokens, columns), contiguous, becomes what ``embedding`` gives as ``rounds_to``.
+
+    An ordinary launch: it begins after the end of all before it.
+    """
+    assert out.is_contiguous()
+    _look_up(ids, weight, out, _ROUNDED.get(rounds_to), ORDINARY_LAUNCH)
+
+
+def _look_up(
+    ids: Tensor, weight: Tensor | QuantizedWeight, y: Tensor, through: Any, how: dict[str, Any]
+) -> None:
     quantized = weight if isinstance(weight, QuantizedWeight) else None
     if quantized is not None and quantized.channel_scale is not None:
         raise ValueError("weight is of granularity 'two_level', expected one level of scales.")
@@ -70,10 +100,9 @@ def embedding(
     vocabulary, columns = weight.shape
     check_dtype("weight", table)
     check_last_stride("weight", table)
-    y = torch.empty(*ids.shape, columns, dtype=out_dtype, device=ids.device)
     check_dtype("out_dtype", y)
     if y.numel() == 0:
-        return y
+        return
     tile = embedding_tile(columns)
     column_blocks = triton.cdiv(columns, tile.columns)
     _embedding_kernel[(ids.numel() * column_blocks,)](
@@ -89,7 +118,7 @@ def embedding(
         column_blocks,
         BITS=8 if quantized is None else quantized.format.bits,
         BLOCK_COLUMNS=tile.columns,
+        THROUGH=through,
         num_warps=tile.num_warps,
-        **dependent_launch(y.device),
+        **how,
     )
-    return y
