@@ -24,8 +24,8 @@ class _Entry(ctypes.Structure):
     _fields_ = (("kind", ctypes.c_int64), ("args", ctypes.c_void_p))
 
 
-#: Of glibc's ``mallopt``: free bytes at the end of the heap that are kept, and bytes from which a block is not
-#: of the heap (32 MiB is the most that it takes).
+#: Of glibc's ``mallopt``: free bytes at the end of the heap that are kept, and bytes from which a block is no
+#: part of the heap (32 MiB is the most that it takes).
 _TRIM, _KEPT = -1, 256 << 20
 _MMAP, _LARGE = -3, 32 << 20
 #: With one of these, the user decides.
