@@ -75,8 +75,8 @@ def row_candidates(
 
 @launch_choice("decode.project", key=row_key, candidates=row_candidates)
 def row_launch(tokens: int, features: int, elements: int, kind: int, bits: int, groups: int) -> RowLaunch:
-    """As many rows as leave all chunks of them in registers, 40 to 80 words a lane of one warp, and programs
-    for all multiprocessors. Short rows of a large matrix would else be more than the GPU starts in time.
+    """As many rows as leave all chunks of them in the registers of one warp, up to 80 words a lane: rows share
+    what is done for the vector, and a GPU starts few programs sooner. But several for each multiprocessor.
 
     elements  of a row: words of codes, or floats
     kind      and bits: those of the ``Matrix``
@@ -85,9 +85,9 @@ def row_launch(tokens: int, features: int, elements: int, kind: int, bits: int, 
     chunk = min(512 if floats else 128, triton.next_power_of_2(elements))
     held = elements // 2 if floats else elements  # 32-bit registers of a row
     rows = 16
-    while rows > 1 and (rows * held > 1536 or features < 1024 * rows):
+    while rows > 1 and (rows * held > 2560 or features < 640 * rows):
         rows //= 2
-    return RowLaunch(rows=rows, chunk=chunk, warps=max(1, min(4, rows * held // 2048)))
+    return RowLaunch(rows=rows, chunk=chunk, warps=max(1, min(4, rows * held // 2560)))
 
 
 def fewer_programs(launch: RowLaunch, elements: int) -> RowLaunch:
