@@ -75,8 +75,8 @@ def row_candidates(
 
 @launch_choice("decode.project", key=row_key, candidates=row_candidates)
 def row_launch(tokens: int, features: int, elements: int, kind: int, bits: int, groups: int) -> RowLaunch:
-    """As many rows as leave all chunks of them in the registers of one warp, up to 80 words a lane: rows share
-    what is done for the vector, and a GPU starts few programs sooner. But several for each multiprocessor.
+    """As many rows as leave all chunks of them in the registers of one warp, 80 words a lane at most: rows
+    share what is done for the vector, and few programs start sooner. But several for each multiprocessor.
 
     elements  of a row: words of codes, or floats
     kind      and bits: those of the ``Matrix``
