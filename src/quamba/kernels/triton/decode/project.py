@@ -63,11 +63,11 @@ def row_key(tokens: int, features: int, elements: int, kind: int, bits: int, gro
 def row_candidates(
     tokens: int, features: int, elements: int, kind: int, bits: int, groups: int
 ) -> list[RowLaunch]:
-    """10 to 96 registers a lane for the weights; other chunks for those that usually win."""
+    """10 to 128 registers a lane for the weights; other chunks for those that usually win."""
     usual = 512 if kind == FLOATS else 128
     held = elements // 2 if kind == FLOATS else elements
     shapes = [(rows, usual, warps) for warps in (1, 2, 4) for rows in (1, 2, 4, 8, 16)]
-    shapes = [(r, c, w) for r, c, w in shapes if 10 <= r * held / (32 * w) <= 96]
+    shapes = [(r, c, w) for r, c, w in shapes if 10 <= r * held / (32 * w) <= 128]
     shapes += [(rows, chunk, 1) for chunk in (usual // 2, usual * 2) for rows in (2, 4)]
     most = triton.next_power_of_2(elements)
     return list({RowLaunch(rows, min(chunk, most), warps): None for rows, chunk, warps in shapes})
@@ -75,19 +75,21 @@ def row_candidates(
 
 @launch_choice("decode.project", key=row_key, candidates=row_candidates)
 def row_launch(tokens: int, features: int, elements: int, kind: int, bits: int, groups: int) -> RowLaunch:
-    """As many rows as leave all chunks of them in the registers of one warp, 80 words a lane at most: rows
-    share what is done for the vector, and few programs start sooner. But several for each multiprocessor.
+    """From timings of steps on an H200: as many rows as leave all chunks of them in the registers of one warp.
+    Rows share what is done for the vector, and few programs start sooner; but several for each multiprocessor.
 
     elements  of a row: words of codes, or floats
     kind      and bits: those of the ``Matrix``
     """
     floats = kind == FLOATS
-    chunk = min(512 if floats else 128, triton.next_power_of_2(elements))
+    usual = 512 if floats else 128 if elements < 2048 else 256
     held = elements // 2 if floats else elements  # 32-bit registers of a row
+    most = 2560 if floats or elements > 1024 else 4096
     rows = 16
-    while rows > 1 and (rows * held > 2560 or features < 640 * rows):
+    while rows > 1 and (rows * held > most or features < 640 * rows):
         rows //= 2
-    return RowLaunch(rows=rows, chunk=chunk, warps=max(1, min(4, rows * held // 2560)))
+    chunk = min(usual, triton.next_power_of_2(elements))
+    return RowLaunch(rows, chunk, warps=max(1, min(4, rows * held // 4096)))
 
 
 def fewer_programs(launch: RowLaunch, elements: int) -> RowLaunch:
