@@ -16,6 +16,7 @@ from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.reference.conv import causal_conv1d
 from quamba.kernels.reference.hadamard import hadamard
 from quamba.kernels.reference.linear import linear
+from quamba.kernels.reference.norm import add_norm
 from quamba.kernels.reference.quantize import quantize
 from quamba.kernels.reference.selective_scan import selective_scan_step
 from quamba.kernels.reference.ssd import ssd_step
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from quamba.kernels.triton.decode.project import ConvStep, Matrix
     from quamba.kernels.triton.decode.scan import TimeSteps
     from quamba.kernels.triton.decode.ssd import Part
-    from quamba.kernels.triton.decode.vectors import Vector
+    from quamba.kernels.triton.decode.vectors import Normed, Vector
 
 #: How to read a result after the launch, and what it should be.
 Wanted: TypeAlias = tuple[Callable[[], Tensor], Tensor]
@@ -51,7 +52,7 @@ def wanted_of(launch: functools.partial[None]) -> list[Wanted]:
 
 
 def _project(
-    x: Vector,
+    x: Vector | Normed,
     matrix: Matrix,
     out: Tensor,
     x_scale: Tensor | None,
@@ -211,8 +212,13 @@ def _taps(conv: ConvStep) -> Tensor | QuantizedWeight:
     return conv.taps if conv.taps_scale is None else _quantized(conv.taps, conv.taps_scale, 8)
 
 
-def _activation(x: Vector, scale: Tensor | None) -> Activation:
+def _activation(x: Vector | Normed, scale: Tensor | None) -> Activation:
     """Codes without a scale have weights that contain it."""
+    from quamba.kernels.triton.decode.vectors import Normed
+
+    if isinstance(x, Normed):
+        y, _ = add_norm(x.residual.float(), None, x.weight, eps=x.eps, out_scale=x.scale)
+        return y if x.scale is None else Quantized(y, torch.ones_like(x.scale) if scale is None else scale)
     if x.wide_scale is None and x.values.dtype == torch.int8:
         return Quantized(_natural(x), torch.ones((), device=x.values.device) if scale is None else scale)
     return _values(x)

@@ -75,8 +75,8 @@ def row_candidates(
 
 @launch_choice("decode.project", key=row_key, candidates=row_candidates)
 def row_launch(tokens: int, features: int, elements: int, kind: int, bits: int, groups: int) -> RowLaunch:
-    """From timings of steps on an H200: as many rows as leave all chunks of them in the registers of one warp.
-    Rows share what is done for the vector, and few programs start sooner; but several for each multiprocessor.
+    """From timings of steps on an H200: as many rows as leave all chunks of them in the registers of a warp.
+    Rows share what is done for the vector, and few programs start sooner; but several a multiprocessor.
 
     elements  of a row: words of codes, or floats
     kind      and bits: those of the ``Matrix``
