@@ -23,8 +23,9 @@ namespace {
 constexpr int kPartBits = 24;
 constexpr uint64_t kPartMask = (uint64_t{1} << kPartBits) - 1;
 
-// A thread that has nothing to do looks for this long before it sleeps: the ops of a step follow within it.
-constexpr auto kSpin = std::chrono::microseconds(100);
+// A thread that has nothing to do looks for this long before it sleeps: the ops of a step, and those of a prompt with what
+// Python does between them, follow within it.
+constexpr auto kSpin = std::chrono::microseconds(500);
 constexpr int kLooksPerClock = 64;
 
 void pause() {
