@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 #: Sequences that are decoded this way: each costs all products of words again, and batches have tensor cores.
 #: Where the one becomes faster than the other was measured at 4 and 16 only.
 MOST_SEQUENCES = 4
-
-Launch = Callable[[], None]
 #: Channels of the residual stream and features of a projection up to which every program of the projection
 #: norms the residual again: a launch of its own takes longer.
 MOST_NORMED_CHANNELS, MOST_NORMED_FEATURES = 1024, 8192
+
+Launch = Callable[[], None]
 #: What a projection reads, and its scale if that is codes.
 _Input: TypeAlias = "tuple[Vector | Normed, Tensor | None]"
 

@@ -358,6 +358,17 @@ def test_half_precision_has_the_range_of_float32(
     check_half({**args, "D": None}, random_state(device, 1) * (1e6 if sizes.get("x") == 1e4 else 1.0))
 
 
+@pytest.mark.parametrize("code", [127, 1])
+def test_half_precision_with_states_at_their_bound_and_far_below(device: torch.device, code: int) -> None:
+    """States that hardly decay, of codes that are all as large as they can be, and all as small: what kept
+    states are scaled by comes from a bound, which is 2^14 too large for the small ones."""
+    args = with_codes(random_args(device, 1, 70), "", "x B C")
+    args["x"].codes.fill_(code)
+    args["B"].codes.fill_(code)
+    args["A"] = torch.full_like(args["A"], -1e-4)
+    check_half({**args, "D": None}, random_state(device, 1) * 0)
+
+
 @pytest.mark.parametrize(
     ("dtype", "out_dtype", "expected"),
     [

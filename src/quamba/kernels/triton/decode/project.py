@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from quamba.kernels.triton.quantize import silu, to_codes
 # What x and the weights are (a constexpr of the kernel).
 CODES, HALVES, FLOATS, WIDE = 0, 1, 2, 3
 _KINDS = ("int8", "float16", "float", "wide")
-#: Words of weights in a program that norms the residual itself: few programs, so that few norm it.
+#: Words of weights in a program that norms x itself.
 _NORMED_WORDS = 1536
 
 
@@ -55,13 +54,16 @@ class RowKey(NamedTuple):
     rows: int
 
 
-def row_key(tokens: int, features: int, elements: int, kind: int, bits: int, groups: int) -> RowKey:
+def row_key(
+    tokens: int, features: int, elements: int, kind: int, bits: int, groups: int, normed: bool
+) -> RowKey:
     weights = "float" if kind == FLOATS else f"int{bits} {'group' if groups > 1 else 'row'}"
-    return RowKey(_KINDS[kind], weights, features, elements, tokens)
+    x = f"normed {_KINDS[kind]}" if normed else _KINDS[kind]
+    return RowKey(x, weights, features, elements, tokens)
 
 
 def row_candidates(
-    tokens: int, features: int, elements: int, kind: int, bits: int, groups: int
+    tokens: int, features: int, elements: int, kind: int, bits: int, groups: int, normed: bool
 ) -> list[RowLaunch]:
     """10 to 128 registers a lane for the weights; other chunks for those that usually win."""
     usual = 512 if kind == FLOATS else 128
@@ -74,12 +76,15 @@ def row_candidates(
 
 
 @launch_choice("decode.project", key=row_key, candidates=row_candidates)
-def row_launch(tokens: int, features: int, elements: int, kind: int, bits: int, groups: int) -> RowLaunch:
+def row_launch(
+    tokens: int, features: int, elements: int, kind: int, bits: int, groups: int, normed: bool
+) -> RowLaunch:
     """From timings of steps on an H200: as many rows as leave all chunks of them in the registers of a warp.
     Rows share what is done for the vector, and few programs start sooner; but several a multiprocessor.
 
     elements  of a row: words of codes, or floats
     kind      and bits: those of the ``Matrix``
+    normed    every program norms x itself, so that they should be few
     """
     floats = kind == FLOATS
     usual = 512 if floats else 128 if elements < 2048 else 256
@@ -88,16 +93,10 @@ def row_launch(tokens: int, features: int, elements: int, kind: int, bits: int, 
     rows = 16
     while rows > 1 and (rows * held > most or features < 640 * rows):
         rows //= 2
+    while normed and 2 * rows * held <= _NORMED_WORDS:
+        rows *= 2
     chunk = min(usual, triton.next_power_of_2(elements))
     return RowLaunch(rows, chunk, warps=max(1, min(4, rows * held // 4096)))
-
-
-def fewer_programs(launch: RowLaunch, elements: int) -> RowLaunch:
-    """For a residual that every program norms; elements are words of a row."""
-    rows = launch.rows
-    while 2 * rows * elements <= _NORMED_WORDS:
-        rows *= 2
-    return dataclasses.replace(launch, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -334,9 +333,8 @@ def project(
     batch = values.shape[0]
     scale = matrix.scale
     groups = 1 if scale is None else scale.shape[1]
-    launch = row_launch(batch, matrix.features, matrix.elements, matrix.kind, matrix.bits, groups)
-    if isinstance(x, Normed):
-        launch = fewer_programs(launch, matrix.elements)
+    sizes = batch, matrix.features, matrix.elements
+    launch = row_launch(*sizes, matrix.kind, matrix.bits, groups, normed=isinstance(x, Normed))
     _project_kernel[(triton.cdiv(matrix.features, launch.rows),)](
         values,
         matrix.data,
