@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from quamba.errors import QuambaError
-from quamba.formats.weight import QuantizedWeight, WeightFormat, apply_scale, round_significant
+from quamba.formats.weight import (
+    MOST_MULTIPLES,
+    QuantizedWeight,
+    WeightFormat,
+    apply_scale,
+    round_significant,
+)
 
 FORMATS = [
     *(
@@ -23,6 +29,7 @@ FORMATS = [
 ]
 IDS = [f"int{f.bits}-{f.granularity}-{f.scale_bits}" for f in FORMATS]
 TWO_LEVEL = WeightFormat(4, "two_level", 16)
+MULTIPLES = WeightFormat(4, "group", 16, multiples=16)
 
 
 def random_weight(format: WeightFormat, shape: tuple[int, int] = (6, 48), seed: int = 0):
@@ -203,6 +210,52 @@ def test_channel_scales_belong_to_two_levels():
         QuantizedWeight(weight.data, weight.scale, TWO_LEVEL, weight.channel_scale.half())
 
 
+def multiples(unit: list[float], times: list[list[int]], seed: int = 0):
+    """Scales times units, and random codes."""
+    scale = torch.tensor(unit)[:, None] * torch.tensor(times).float()
+    assert torch.equal(scale.half().float(), scale)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-8, 8, (len(unit), 16 * scale.shape[1]), dtype=torch.int8, generator=generator)
+    return QuantizedWeight.from_codes(codes, scale.half(), MULTIPLES)
+
+
+def test_a_row_with_multiples_is_integers_of_one_scale():
+    units = [2.0**-9, 127 * 2.0**-15, 2.0**-24, 97 * 2.0**-24, 113 * 2.0**-16]
+    weight = multiples(units, [[16, 1, 7], [15, 13, 11], [3, 16, 1], [16, 15, 2], [5, 5, 16]])
+    found = weight.row_unit()
+    assert found.dtype == torch.float32 and found.shape == (5, 1)
+    assert found.flatten().tolist() == units
+    integers = apply_scale(weight.codes(), weight.scale.float() / found, torch.float32)
+    assert torch.equal(integers, integers.round()) and -128 <= integers.min() and integers.max() <= 127
+    for dtype in (torch.float64, torch.float32):
+        assert torch.equal(weight.dequantize(dtype), integers.to(dtype) * found.to(dtype))
+
+
+def test_the_unit_of_a_row_is_its_largest():
+    weight = multiples([2.0**-9, 3 * 2.0**-9, 2.0**-9], [[16, 4, 8], [9, 9, 9], [6, 9, 15]])
+    assert weight.row_unit().flatten().tolist() == [2.0**-7, 27 * 2.0**-9, 3 * 2.0**-9]
+
+
+@pytest.mark.parametrize("bad", [2.0**-9 * 2.5, 2.0**-9 * 17, 0.0, float("nan"), -(2.0**-9)])
+def test_scales_that_are_no_multiples_are_named(bad):
+    weight = multiples([2.0**-9, 2.0**-9], [[16, 2, 3], [16, 15, 3]])
+    weight.scale[1, 1] = bad
+    with pytest.raises(QuambaError, match="scales of row 1 .* are not 1 to 16 times one number"):
+        weight.row_unit()
+
+
+def test_multiples_of_a_format():
+    assert WeightFormat.from_dict(MULTIPLES.to_dict()) == MULTIPLES
+    assert MULTIPLES.one_level == MULTIPLES
+    assert MULTIPLES.for_float_inputs == WeightFormat(4, "group", 16)
+    assert TWO_LEVEL.for_float_inputs == WeightFormat(4, "group", 16)
+    for format in FORMATS:
+        assert format.for_float_inputs == format
+    assert "multiples to 16" in repr(multiples([1.0], [[3]]))
+    # With the least code they reach the least int8.
+    assert MOST_MULTIPLES * MULTIPLES.qmin == -128
+
+
 def test_groups():
     format = WeightFormat(4, "group", 128)
     assert [format.n_groups(k) for k in (32, 128, 384)] == [1, 1, 3]
@@ -228,6 +281,24 @@ def test_groups():
             "scale_bits 32, expected",
         ),
         ({"bits": 4, "granularity": "two_level"}, "group_size is None with granularity 'two_level'"),
+        ({"bits": 4, "granularity": "channel", "multiples": 16}, "granularity 'channel' .* has multiples"),
+        (
+            {"bits": 8, "granularity": "group", "group_size": 16, "multiples": 16},
+            "of 8 bits, .* has multiples",
+        ),
+        (
+            {"bits": 4, "granularity": "group", "group_size": 16, "scale_bits": 32, "multiples": 4},
+            "expected 4 bits, granularity 'group' and scale_bits 16",
+        ),
+        (
+            {"bits": 4, "granularity": "group", "group_size": 16, "multiples": 17},
+            "multiples is 17, .* 2 to 16",
+        ),
+        ({"bits": 4, "granularity": "group", "group_size": 16, "multiples": 1}, "multiples is 1, .* 2 to 16"),
+        (
+            {"bits": 4, "granularity": "group", "group_size": 16, "multiples": 2.5},
+            "multiples is 2.5, .* 2 to 16",
+        ),
         ({"bits": 8, "granularity": "split", "group_size": 128}, "expected None"),
         ({"bits": 8, "granularity": "channel", "parts": [1, 2]}, "only granularity 'split' has parts"),
         ({"bits": 8, "granularity": "channel", "scale_bits": 8}, "number of scale bits is 8"),

@@ -23,6 +23,7 @@ from quamba.quantization.rtn import absmax_scale, mse_scale, round_to_nearest
 
 INT4_GROUPS = WeightFormat(4, "group", 16)
 TWO_LEVEL = WeightFormat(4, "two_level", 16)
+MULTIPLES = WeightFormat(4, "group", 16, multiples=16)
 FORMATS = [
     *(
         WeightFormat(bits, granularity, 16 if granularity == "group" else None)
@@ -257,6 +258,18 @@ def test_two_levels_are_solved_as_groups_and_measured_as_integers():
     assert losses.gptq != of_groups.gptq
     assert losses.rtn == relative_loss(weight, round_to_nearest(weight, TWO_LEVEL).dequantize(), hessian)
     assert losses.gptq < losses.rtn
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_multiples_stay_multiples(config):
+    """Whatever chooses and refits them, and at little cost against scales that are free."""
+    weight, hessian = layer()
+    found, losses = solve(weight, hessian, MULTIPLES, config)
+    times = found.scale.float() / found.row_unit()
+    assert torch.equal(times, times.round()) and 1 <= times.min() and times.max() <= 16
+    _, free = solve(weight, hessian, WeightFormat(4, "group", 16), config)
+    assert losses.gptq < losses.rtn
+    assert losses.gptq < 1.2 * free.gptq
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

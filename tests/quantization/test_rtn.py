@@ -5,7 +5,7 @@ import torch
 
 from quamba.errors import QuambaError
 from quamba.formats.weight import QuantizedWeight, WeightFormat, round_significant
-from quamba.quantization.rtn import absmax_scale, mse_scale, round_codes, round_to_nearest
+from quamba.quantization.rtn import absmax_scale, mse_scale, round_codes, round_to_nearest, short_unit
 
 FORMATS = [
     *(
@@ -20,6 +20,7 @@ FORMATS = [
 ]
 IDS = [f"int{f.bits}-{f.granularity}-{f.scale_bits}" for f in FORMATS]
 TWO_LEVEL = WeightFormat(4, "two_level", 16)
+MULTIPLES = WeightFormat(4, "group", 16, multiples=16)
 
 
 def random_weight(shape=(12, 64), seed=0, dtype=torch.float32):
@@ -200,6 +201,70 @@ def test_two_levels_are_groups_first():
         expected = QuantizedWeight.from_codes(codes, scale, TWO_LEVEL)
         assert torch.equal(found.codes(), codes)
         assert all(torch.equal(a, b) for a, b in zip(found.buffers(), expected.buffers(), strict=True))
+
+
+def uneven_weight(rows: int = 24, columns: int = 96, seed: int = 3):
+    """Groups of 16 columns whose spreads differ by up to ten times."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    spread = 10 ** -torch.rand(rows, columns // 16, generator=generator)
+    return weight * spread.repeat_interleave(16, 1)
+
+
+def test_multiples_of_a_number_of_the_row():
+    """No weight is clipped by the widest steps; a search costs little against scales that are free."""
+    weight = uneven_weight()
+    weight[3], weight[5], weight[7, 16:32] = 0, weight[5] * 1e-6, 0
+    free = WeightFormat(4, "group", 16)
+    widest, best = absmax_scale(weight, MULTIPLES), mse_scale(weight, MULTIPLES)
+    errors = {}
+    for name, scale, format in (
+        ("widest", widest, MULTIPLES),
+        ("best", best, MULTIPLES),
+        ("free", mse_scale(weight, free), free),
+    ):
+        found = round_to_nearest(weight, format, scale=scale)
+        errors[name] = (found.dequantize() - weight).square().sum(1)
+        if format is MULTIPLES:
+            times = scale.float() / found.row_unit()
+            assert torch.equal(times, times.round()) and 1 <= times.min() and times.max() <= 16
+    far = (weight - round_to_nearest(weight, MULTIPLES, scale=widest).dequantize()).abs()
+    assert (far <= 0.5 * widest.float().repeat_interleave(16, 1) * (1 + 1e-6)).all()
+    assert (errors["best"] <= errors["widest"]).all()
+    assert errors["best"].sum() < 1.06 * errors["free"].sum()
+
+
+def test_the_best_multiples_by_trying_all():
+    """Of the units tried, no multiple of any group is better than the one found."""
+    weight, importance = uneven_weight(3, 32), torch.rand(32, generator=torch.Generator().manual_seed(0))
+    format = WeightFormat(4, "group", 16, multiples=5)
+
+    def loss(scale: torch.Tensor) -> torch.Tensor:
+        error = round_to_nearest(weight, format, scale=scale).dequantize() - weight
+        return (error.square() * importance).sum(1)
+
+    chosen = mse_scale(weight, format, importance)
+    least = loss(absmax_scale(weight, format))
+    widest = absmax_scale(weight, WeightFormat(4, "group", 16)).float().amax(1, keepdim=True)
+    for fit in (5, 4, 3):
+        unit = short_unit(widest / fit, format)
+        for first in range(1, 6):
+            for second in range(1, 6):
+                scale = (unit * torch.tensor([[first, second]])).half()
+                least = torch.minimum(least, loss(scale))
+    torch.testing.assert_close(loss(chosen), least, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("most", [2, 5, 8, 16])
+def test_multiples_of_a_short_unit_are_float16(most):
+    format = WeightFormat(4, "group", 16, multiples=most)
+    unit = 10 ** (torch.rand(500, 1, generator=torch.Generator().manual_seed(0)) * 11 - 8)
+    short = short_unit(unit, format)
+    assert (short >= unit).all() and (short >= 2.0**-24).all()
+    in_range = unit > 2.0**-14
+    assert (short[in_range] <= unit[in_range] * (1 + 2.0 ** -(11 - (most - 1).bit_length() - 1))).all()
+    for multiple in range(1, most + 1):
+        assert torch.equal((short * multiple).half().float(), short * multiple)
 
 
 @pytest.mark.parametrize("choose", [absmax_scale, mse_scale])

@@ -53,7 +53,7 @@ def test_what_the_shipped_recipes_say() -> None:
     assert (w8a8.embedding, w4a8.embedding, w4a16.embedding) == ("int8", "int4", "int4")
     assert (w8a8.solver.kind, w4a8.solver.kind, w4a16.solver.kind) == ("rtn", "gptq", "gptq")
     assert w8a8.group_heads == w4a8.group_heads == HeadGroups(heads=4, channels=4)
-    assert w4a8.int4 == WeightFormat(4, "group", 128)
+    assert w4a8.int4 == WeightFormat(4, "group", 128, multiples=16)
     quamba1 = load_recipe("quamba1-w8a8")
     assert quamba1.blocks == Precision(weights="int8", activations="int8", state="int8")
     assert quamba1.embedding == quamba1.head.weights == "float"
@@ -207,6 +207,10 @@ WRONG = [
     (
         {"embedding_int4": {"bits": 4, "granularity": "two_level", "group_size": 128}},
         "An embedding table has granularity 'two_level'",
+    ),
+    (
+        {"embedding_int4": {"bits": 4, "granularity": "group", "group_size": 128, "multiples": 16}},
+        "The int4 format of an embedding table has multiples 16, expected none",
     ),
     ({"activation_scales": "row"}, "activation_scales is 'row'"),
     ({"int4": "group"}, "The recipe's int4 is 'group', expected a table of fields."),

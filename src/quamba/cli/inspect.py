@@ -176,7 +176,8 @@ def _format(format: WeightFormat | None) -> str:
     if format is None:
         return "float"
     scales = format.granularity.replace("_", " ")
-    return f"int{format.bits} {scales}{'' if format.group_size is None else f' {format.group_size}'}"
+    size = "" if format.group_size is None else f" {format.group_size}"
+    return f"int{format.bits} {scales}{size}{'' if format.multiples is None else ', whole multiples'}"
 
 
 def _sizes(plan: Plan) -> dict[str, int]:

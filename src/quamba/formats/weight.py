@@ -7,6 +7,12 @@ With two levels of scales the codes of a group become int8 first, and the intege
 with no scale between the groups (QQQ, Zhang et al. 2024; the published W4A8 models)::
 
     real[n, k] = channel_scale[n] * w8[n, k],   w8[n, k] = round_half_even(scale[n, k // group] * code[n, k])
+
+Where the scales of groups are small *multiples* of a number of their row, both views are one: the real
+weights are those of scales alone, and the integers of a row are exact without rounding (as in progressive
+quantization; Lin et al. 2024, QServe)::
+
+    scale[n, g] = multiple[n, g] * unit[n],   real[n, k] = unit[n] * (multiple[n, k // group] * code[n, k])
 """
 
 from __future__ import annotations
@@ -26,6 +32,8 @@ from quamba.formats.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 Granularity = Literal["tensor", "channel", "split", "group", "two_level"]
 _GRANULARITIES = ("tensor", "channel", "split", "group", "two_level")
 _GROUPED = ("group", "two_level")
+#: Times the code -8 the least int8.
+MOST_MULTIPLES = 16
 _SCALE_DTYPES = {16: torch.float16, 32: torch.float32}
 
 
@@ -41,6 +49,8 @@ class WeightFormat:
     group_size   for "group" and "two_level", else None; a matrix narrower than one group is one group
     scale_bits   16 or 32: float16 or float32 scales; None: 16 for scales of groups, 32 for all others
     parts        for "split": rows of each part, all of them together; a recipe leaves it None, its plan knows
+    multiples    for "group" of 4 bits with scales of 16: the scales of a row are 1 to so many times one
+                 number, 2 to 16, so that multiples times codes are integers of 8 bits; None: any scales
 
     The scale of a row beside those of its groups is always float32.
     """
@@ -50,6 +60,7 @@ class WeightFormat:
     group_size: int | None = None
     scale_bits: Literal[16, 32] | None = None
     parts: tuple[int, ...] | None = None
+    multiples: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -71,6 +82,7 @@ class WeightFormat:
                     " granularity 'split' has parts."
                 )
         self._check_group_size()
+        self._check_multiples()
 
     def _check_group_size(self) -> None:
         if self.granularity not in _GROUPED:
@@ -83,6 +95,20 @@ class WeightFormat:
             raise QuambaError(
                 f"group_size is {self.group_size!r} with granularity '{self.granularity}', expected a"
                 " positive integer such as 128."
+            )
+
+    def _check_multiples(self) -> None:
+        if self.multiples is None:
+            return
+        if self.granularity != "group" or self.bits != 4 or self.scale_bits == 32:
+            raise QuambaError(
+                f"A weight format of {self.bits} bits, granularity '{self.granularity}' and scale_bits"
+                f" {self.scale_bits} has multiples, expected 4 bits, granularity 'group' and scale_bits 16."
+            )
+        if not isinstance(self.multiples, int) or not 2 <= self.multiples <= MOST_MULTIPLES:
+            raise QuambaError(
+                f"multiples is {self.multiples!r}, expected an integer from 2 to {MOST_MULTIPLES}: times the"
+                f" code {INT4_MIN} it must be an integer of 8 bits."
             )
 
     @property
@@ -103,6 +129,11 @@ class WeightFormat:
     def one_level(self) -> WeightFormat:
         """What codes and scales are chosen in: for "two_level" the groups alone, else the format itself."""
         return dataclasses.replace(self, granularity="group") if self.granularity == "two_level" else self
+
+    @property
+    def for_float_inputs(self) -> WeightFormat:
+        """The format where no product is of integers, and only the scales of groups count."""
+        return dataclasses.replace(self.one_level, multiples=None)
 
     @property
     def smallest_scale(self) -> float:
@@ -249,6 +280,10 @@ class QuantizedWeight(nn.Module):
         w8 = apply_scale(self.codes(), self.scale, torch.float32)  # exact: 4 bits times 11
         return w8.round_().clamp_(-128, 127).to(torch.int8), self.channel_scale
 
+    def row_unit(self) -> Tensor:
+        """``row_unit`` of the scales of a format with ``multiples``."""
+        return row_unit(self.scale, self.format)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The real values, ``scale * integer`` computed in dtype: [N, K]."""
         return apply_scale(*self.integers(), dtype)
@@ -260,7 +295,9 @@ class QuantizedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         size = "" if self.format.group_size is None else f" of {self.format.group_size}"
-        return f"{self.shape[0]}x{self.shape[1]}, int{self.format.bits} per {self.format.granularity}{size}"
+        whole = "" if self.format.multiples is None else f", multiples to {self.format.multiples}"
+        shape = f"{self.shape[0]}x{self.shape[1]}"
+        return f"{shape}, int{self.format.bits} per {self.format.granularity}{size}{whole}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
         # nn.Module.to(dtype) casts every float buffer; the scale's dtype is part of the format, so only
@@ -278,9 +315,38 @@ def keep_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
 
-def round_significant(x: Tensor, *, up: bool = False) -> Tensor:
-    """Positive float32 x rounded to the 11 significant bits of float16, to nearest or up; any exponent."""
-    dropped = 24 - 11
+def row_unit(scale: Tensor, format: WeightFormat) -> Tensor:
+    """Of a format with ``multiples``, the largest number that all scales of a row are multiples of.
+
+    scale    [N, G] float16
+    returns  [N, 1] float32; ``scale / row_unit`` is 1 to ``multiples``, exactly
+    Raises QuambaError where a row has none.
+    """
+    most = format.multiples
+    assert most is not None, "only a format with multiples says so"
+    scale = scale.float()
+    least = scale.amin(1, keepdim=True)
+    unit, found = least, torch.zeros_like(least, dtype=torch.bool)
+    # The least scale is one of the multiples. A quotient that is no integer is at least 1/16 from one, so
+    # that rounding cannot make it one.
+    for multiple in range(1, most + 1):
+        times = scale / (least / multiple)
+        fits = ((times == times.round()) & (times <= most)).all(1, keepdim=True) & (least > 0)
+        unit = torch.where(fits & ~found, least / multiple, unit)
+        found |= fits
+    if not bool(found.all()):
+        row = int((~found).view(-1).nonzero()[0])
+        raise QuambaError(
+            f"The scales of row {row} of a quantized weight are not 1 to {most} times one number, as its"
+            " format says; the file is damaged, or was not written by quamba."
+        )
+    return unit
+
+
+def round_significant(x: Tensor, *, up: bool = False, bits: int = 11) -> Tensor:
+    """Positive float32 x rounded to the 11 significant bits of float16, or fewer, to nearest or up; any
+    exponent."""
+    dropped = 24 - bits
     add = (1 << dropped) - 1 if up else 1 << (dropped - 1)
     return ((x.view(torch.int32) + add) & -(1 << dropped)).view(torch.float32)
 

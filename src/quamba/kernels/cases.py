@@ -35,6 +35,7 @@ _WEIGHTS = {
     "int8 channel": WeightFormat(8, "channel"),
     "int8 tensor": WeightFormat(8, "tensor"),
     "int4 group": WeightFormat(4, "group", 128),
+    "int4 multiples": WeightFormat(4, "group", 128, multiples=16),
     "int4 group of 64": WeightFormat(4, "group", 64),
     "int4 channel": WeightFormat(4, "channel"),
     "int4 two-level": WeightFormat(4, "two_level", 128),
@@ -77,13 +78,17 @@ class Draw:
         return Quantized(self.codes(*shape), self.uniform(0.01, 0.03, *channels))
 
     def weight(self, rows: int, columns: int, format: WeightFormat, exact: bool = False) -> QuantizedWeight:
-        """Scales are powers of two if ``exact``; with two levels only those of the rows need be."""
+        """Scales are powers of two if ``exact``; with two levels or multiples only those of rows are."""
         codes = self.integers(format.qmin, format.qmax, rows, columns).to(torch.int8)
         data = pack_int4(codes) if format.bits == 4 else codes
         shape = format.scale_shape((rows, columns))
         if format.granularity == "two_level":
             group = self.uniform(1.0, 15.0, *shape).to(format.scale_dtype)
             return QuantizedWeight(data, group, format, self.powers(-9, -6, rows, 1))
+        if format.multiples is not None:
+            multiples = self.integers(1, format.multiples, *shape)
+            scale = self.powers(-12, -10, rows, 1) * multiples
+            return QuantizedWeight(data, scale.to(format.scale_dtype), format)
         step = 0.02 if format.bits == 8 else 0.3
         scale = self.powers(-8, -6, *shape) if exact else self.uniform(step / 10, step, *shape)
         return QuantizedWeight(data, scale.to(format.scale_dtype), format)
@@ -171,7 +176,7 @@ def _linear() -> Iterator[Case]:
         make = partial(integers, (4, 33, 256), format, True)
         yield Case("linear", f"int8 x {name}, 4 rows to codes", make, _EXACT)
         yield Case("linear", f"int8 x {name}, any scales", partial(scales, 5, format), _FLOAT32)
-    for name in ("int8 channel", "int4 group"):
+    for name in ("int8 channel", "int4 group", "int4 multiples"):
         format = _WEIGHTS[name]
         # The last has tiles enough for the kernels of prompts.
         for sizes in ((1, 3, 1280), (70, 130, 384), (17, 7, 128), (130, 140, 256), (257, 2850, 256)):

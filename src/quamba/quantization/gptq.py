@@ -26,12 +26,19 @@ import torch
 from torch import Tensor
 
 from quamba.errors import QuambaError, one_of
-from quamba.formats.weight import QuantizedWeight, WeightFormat, apply_scale
+from quamba.formats.weight import QuantizedWeight, WeightFormat, apply_scale, row_unit
 from quamba.kernels.reference.linear import int_matmul
 from quamba.kernels.registry import choose_solver_kernels
-from quamba.quantization.rtn import absmax_scale, mse_scale, round_to_nearest, store_scale
+from quamba.quantization.rtn import (
+    absmax_scale,
+    mse_scale,
+    round_to_nearest,
+    store_multiples,
+    store_scale,
+)
 
 _REFIT_ROWS = 4096
+_MULTIPLE_SWEEPS = 2
 # Tokens whose products of codes, at most 2^14 each, int32 can sum.
 _EXACT_TOKENS = 1 << 16
 
@@ -43,7 +50,8 @@ class GptqConfig:
     damping      added to the diagonal of H, as a fraction of its mean
     block_size   columns between two large matrix products: speed only
     act_order    round columns of large H_kk first, with scales chosen beforehand from the original weights;
-                 else in the order stored, a group's scales chosen when its first column is reached
+                 else in the order stored, a group's scales chosen when its first column is reached (of a
+                 format with multiples, in which groups share a number, beforehand)
     scale        the first scales: "absmax" or "mse" (``rtn.mse_scale``, weighted by the diagonal of H)
     refinements  rounds of least-squares scales and coordinate descent; 0 is the published GPTQ
     sweeps       coordinate-descent passes over the columns in one round
@@ -208,7 +216,7 @@ class Problem:
             if self._cross is not None:
                 target = _cross_target(target, self._hessian, self._cross, self._factor)
             fixed = scale is not None
-            if not fixed and config.act_order:
+            if not fixed and (config.act_order or format.multiples is not None):
                 scale = _choose_scale(target, format, config, self._damped.diagonal())
             codes, scale = _round_with_feedback(target, self._ordered, format, config, order, scale)
             damped = self._damped.to(target.dtype)
@@ -385,6 +393,8 @@ def _refit_scale(
         normal.append(torch.stack(projected, dim=1).double())
         slope.append(((residual @ damped).view_as(grouped) * grouped).sum(-1).double())
     a, b = torch.cat(normal), torch.cat(slope)
+    if format.multiples is not None:
+        return _refit_multiples(a, b, scale, format)
     if format.granularity == "split":
         return _refit_parts(a, b, scale, format)
     if format.granularity == "tensor":
@@ -399,6 +409,19 @@ def _refit_parts(a: Tensor, b: Tensor, scale: Tensor, format: WeightFormat) -> T
     shared = torch.stack([part[0] for part in scale.split(parts)])
     fitted = _accept_scale(a, b, shared, format)
     return fitted.repeat_interleave(torch.tensor(parts, device=fitted.device), dim=0)
+
+
+def _refit_multiples(a: Tensor, b: Tensor, scale: Tensor, format: WeightFormat) -> Tensor:
+    """Coordinate descent on the multiples of a row's number: each is set to the best one, given all others."""
+    unit = row_unit(scale, format)
+    start = scale.double()
+    change = torch.zeros_like(start)
+    for group in list(range(scale.shape[1])) * _MULTIPLE_SWEEPS:
+        own = a[:, group, group]
+        best = change[:, group] + (b[:, group] - (a[:, group] * change).sum(-1)) / own
+        fitted = store_multiples((start[:, group] + best)[:, None] / unit, unit, format)[:, 0].double()
+        change[:, group] = torch.where(own > 0, fitted - start[:, group], change[:, group])
+    return (start + change).to(scale.dtype)
 
 
 def _accept_scale(a: Tensor, b: Tensor, scale: Tensor, format: WeightFormat) -> Tensor:

@@ -20,6 +20,10 @@ from quamba.formats.weight import QuantizedWeight, WeightFormat, apply_scale, ro
 # than it can gain; a little above 1 can help because the grid then lands better.
 SHRINK_FACTORS = tuple(round(0.40 + 0.03 * i, 2) for i in range(23))
 _REFITS = 3
+# Of a format with multiples, how often a row's number fits into the scale that its widest group would have
+# without: as often as may be, down to this share of it. A smaller number leaves small groups finer steps, a
+# larger one lets the widest group have a scale of more than it needs, or of a little less.
+_FEWEST_MULTIPLES = 0.75
 # Weights whose scales are searched together; elsewhere than on a CPU enough to hide the launches.
 _CPU_CHUNK_ELEMENTS = 1 << 22
 _CHUNK_ELEMENTS = 1 << 25
@@ -67,14 +71,18 @@ def _absmax(weight: Tensor, format: WeightFormat) -> Tensor:
         scale = torch.maximum(high / (format.qmax + 0.5), low / (format.qmin - 0.5))
     else:
         scale = torch.maximum(high, -low) / format.qmax
-    return store_scale(scale, format)
+    if format.multiples is None:
+        return store_scale(scale, format)
+    unit = short_unit(scale.amax(1, keepdim=True) / format.multiples, format)
+    return store_multiples((scale / unit).ceil(), unit, format)
 
 
 def mse_scale(weight: Tensor, format: WeightFormat, importance: Tensor | None = None) -> Tensor:
     """Per group, the scale s of least ``sum_k importance_k * (w_k - s * code_k(s))^2``.
 
     Search: ``SHRINK_FACTORS`` times ``absmax_scale``, then a few rounds of the least-squares scale for the
-    codes found, kept where it is better. Never worse than ``absmax_scale``.
+    codes found, kept where it is better. Of a format with multiples: all of them, of several numbers a row.
+    Never worse than ``absmax_scale``.
 
     weight      [N, K] float
     importance  [K] float >= 0, for example the diagonal of the Hessian; equal weights by default
@@ -93,8 +101,9 @@ def _least_squares(weight: Tensor, format: WeightFormat, importance: Tensor) -> 
     members = members.view(1, *groups.shape[1:])
     together = _CPU_CHUNK_ELEMENTS if groups.device.type == "cpu" else _CHUNK_ELEMENTS
     rows = max(1, together // groups[0].numel())
+    search = _search if format.multiples is None else _search_multiples
     return torch.cat(
-        [_search(w, s, members, format) for w, s in zip(groups.split(rows), start.split(rows), strict=True)]
+        [search(w, s, members, format) for w, s in zip(groups.split(rows), start.split(rows), strict=True)]
     )
 
 
@@ -120,6 +129,34 @@ def _search(groups: Tensor, start: Tensor, importance: Tensor, format: WeightFor
         fitted = torch.where(fitted.isfinite() & (fitted > 0), fitted, best.to(groups.dtype))
         codes = consider(store_scale(fitted, format))
     return best
+
+
+def _search_multiples(groups: Tensor, start: Tensor, importance: Tensor, format: WeightFormat) -> Tensor:
+    """``_search`` for a format with multiples: of several numbers a row, that of the least total error."""
+    assert format.multiples is not None
+    finest = dataclasses.replace(format, multiples=None)
+    widest = _absmax(groups.flatten(1), finest).float().amax(1, keepdim=True)
+    best = start
+    best_error = _squared_error(groups, start, importance, format).sum(1, keepdim=True)
+    for fit in range(format.multiples, int(_FEWEST_MULTIPLES * format.multiples) - 1, -1):
+        unit = short_unit(widest / fit, format)
+        chosen, least = start, torch.full_like(start, torch.inf, dtype=groups.dtype)
+        for multiple in range(1, format.multiples + 1):
+            scale = store_multiples(torch.full_like(widest, multiple), unit, format).expand_as(start)
+            error = _squared_error(groups, scale, importance, format)
+            better = error < least
+            chosen, least = torch.where(better, scale, chosen), torch.where(better, error, least)
+        error = least.sum(1, keepdim=True)
+        better = error < best_error
+        best, best_error = torch.where(better, chosen, best), torch.where(better, error, best_error)
+    return best
+
+
+def _squared_error(groups: Tensor, scale: Tensor, importance: Tensor, format: WeightFormat) -> Tensor:
+    """[n, G]: what rounding to the nearest codes costs."""
+    step = scale.to(groups.dtype)[..., None]
+    codes = torch.round(groups / step).clamp_(format.qmin, format.qmax)
+    return ((groups - step * codes).square_() * importance).sum(-1)
 
 
 def _part_by_part(
@@ -164,6 +201,24 @@ def store_scale(scale: Tensor, format: WeightFormat) -> Tensor:
             "use granularity 'channel' with scales of 32 bits."
         )
     return stored
+
+
+def short_unit(unit: Tensor, format: WeightFormat) -> Tensor:
+    """Rounded up so that its ``multiples`` are float16 numbers: to 7 significant bits where they are 16.
+
+    unit     [N, 1] float
+    returns  [N, 1] float32, at least 2^-24
+    """
+    assert format.multiples is not None
+    bits = 11 - (format.multiples - 1).bit_length()
+    short = round_significant(unit.float().contiguous(), up=True, bits=bits)
+    return ((short * 2.0**24).ceil() * 2.0**-24).clamp_(min=2.0**-24)  # the least float16 and its multiples
+
+
+def store_multiples(multiples: Tensor, unit: Tensor, format: WeightFormat) -> Tensor:
+    """Scales, as they are stored: ``multiples`` rounded, limited to those of the format, times ``unit``."""
+    assert format.multiples is not None
+    return store_scale(multiples.float().round().clamp(1, format.multiples) * unit, format)
 
 
 def _require_finite(weight: Tensor) -> None:

@@ -222,6 +222,11 @@ class Recipe:
                     f"An embedding table has granularity '{format.granularity}',"
                     " expected 'tensor', 'channel' or 'group'."
                 )
+            if format.multiples is not None:
+                raise QuambaError(
+                    f"The int{format.bits} format of an embedding table has multiples {format.multiples},"
+                    " expected none; they are for products of integers."
+                )
 
     def replace(self, **changes: Any) -> Recipe:
         return dataclasses.replace(self, **changes)

@@ -6,18 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from quamba.errors import QuambaError
 from quamba.formats.activation import Quantized
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.reference import linear as reference
 from quamba.kernels.triton import linear as module
 from quamba.kernels.triton.linear import FEW_ROWS, _rows, linear
-from quamba.kernels.triton.unpack import unpack
+from quamba.kernels.triton.unpack import unpack, unpack_whole
 
 FORMATS = {
     "int8-tensor": WeightFormat(8, "tensor"),
     "int8-channel": WeightFormat(8, "channel"),
     "int4-group": WeightFormat(4, "group", 128),
     "int4-channel": WeightFormat(4, "channel"),
+    "int4-multiples": WeightFormat(4, "group", 128, multiples=16),
     "int4-group-of-64": WeightFormat(4, "group", 64),
     "int4-two-level": WeightFormat(4, "two_level", 128),
 }
@@ -36,6 +38,10 @@ def random_weight(format: WeightFormat, features: int, inputs: int, device: str)
     low, high = (-8, 8) if format.bits == 4 else (-127, 128)
     codes = torch.randint(low, high, (features, inputs), dtype=torch.int8)
     one = format.one_level
+    if format.multiples is not None:
+        times = torch.randint(1, 17, format.scale_shape((features, inputs)))
+        scale = (torch.randint(64, 128, (features, 1)) * 2.0**-13 * times).half()
+        return QuantizedWeight.from_codes(codes, scale, format).to(device)
     step = 0.01 if format.bits == 8 else 0.16
     scale = (torch.rand(one.scale_shape((features, inputs))) * step + step / 10).to(one.scale_dtype)
     return QuantizedWeight.from_codes(codes, scale, format).to(device)
@@ -141,6 +147,48 @@ def test_scales_of_groups_are_never_unpacked_for(device: str, monkeypatch: pytes
     parts = unpacked_parts(monkeypatch)
     linear(random_codes((9, 256), device), random_weight(FORMATS["int4-group"], 8, 256, device))
     assert parts == []
+
+
+@pytest.mark.parametrize("name", ["int4-multiples", "int4-group"])
+def test_products_of_integers_of_whole_rows(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From some rows on, for scales that are multiples; in parts of the features, and never without."""
+    features, inputs = 37, 256
+    monkeypatch.setattr(module, "_MOST_UNPACKED", 20 * inputs)
+    monkeypatch.setattr(module, "WIDE_TILES", 1)
+    monkeypatch.setattr(module, "WIDE_ROWS", 8)
+    weight, x = random_weight(FORMATS[name], features, inputs, device), random_codes((9, inputs), device)
+    bias, scale = torch.randn(features, device=device), torch.rand(features, device=device) * 2 + 0.5
+    parts: list[int] = []
+
+    def recorded(weight: QuantizedWeight, unit: Tensor, start: int, stop: int) -> Tensor:
+        parts.append(stop - start)
+        return unpack_whole(weight, unit, start, stop)
+
+    monkeypatch.setattr(module, "unpack_whole", recorded)
+    for outputs in ({}, {"out_scale": scale}, {"out_dtype": torch.float16}):
+        expected = reference.linear(x, weight, bias, **outputs)
+        for whole_rows, whole_tiles, whole in ((9, 0, True), (10, 1, True), (10, 0, False)):
+            monkeypatch.setattr(module, "WHOLE_ROWS", whole_rows)
+            monkeypatch.setattr(module, "WHOLE_TILES", whole_tiles)
+            y = linear(x, weight, bias, **outputs)
+            assert parts == ([20, 17] if whole and name == "int4-multiples" else [])
+            parts.clear()
+            if "out_scale" in outputs:
+                assert_same_codes(y, expected, reference.linear(x, weight, bias) / scale)
+            else:
+                within = 1e-6 if not outputs else 2e-3
+                atol = within * float(expected.abs().max())
+                torch.testing.assert_close(y, expected, rtol=within, atol=atol)
+
+
+def test_damaged_multiples_are_not_multiplied(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WIDE_TILES", 1)
+    monkeypatch.setattr(module, "WIDE_ROWS", 8)
+    weight = random_weight(FORMATS["int4-multiples"], 8, 256, device)
+    weight.scale[2, 1] *= 1.25
+    weight.scale[2, 0] *= 1.375
+    with pytest.raises(QuambaError, match="scales of row 2"):
+        linear(random_codes((9, 256), device), weight)
 
 
 def unpacked_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -75,7 +75,7 @@ def wide_launch(product: Product) -> WideLaunch:
     """From timings on an H200 (docs/notes/gpu-kernels.md)."""
     tokens, features, inputs = product.tokens, product.features, product.inputs
     if product.bits == 4:
-        tiles = triton.cdiv(features, 64) * triton.cdiv(tokens, 128)
+        tiles = wide_tiles(tokens, features)
         if tiles < 240:
             return WideLaunch(64, 64, 64, stages=4)
         if tiles > 7 * PROCESSORS and inputs > 4096:
@@ -89,13 +89,18 @@ def wide_launch(product: Product) -> WideLaunch:
     return WideLaunch(128, 128, 128, warps=8)
 
 
+def wide_tiles(tokens: int, features: int) -> int:
+    """Tiles of a product, of 64 features and 128 tokens."""
+    return triton.cdiv(features, 64) * triton.cdiv(tokens, 128)
+
+
 def wide_fits(rows: Tensor, operand: Operand) -> bool:
     """Whether descriptors can read both (rows of whole 16 bytes), steps are whole, and tiles fill a GPU
     without sharing out their sums; rows are int8."""
     tokens, inputs = rows.shape
     if tokens < WIDE_ROWS or operand.levels is not None or not _has_engine(rows.device):
         return False
-    if triton.cdiv(operand.data.shape[0], 64) * triton.cdiv(tokens, 128) < WIDE_TILES:
+    if wide_tiles(tokens, operand.data.shape[0]) < WIDE_TILES:
         return False
     if operand.bits == 8 and operand.group_scale is not None:
         return False

@@ -16,12 +16,14 @@ from quamba.formats.activation import Activation, Quantized
 from quamba.formats.weight import QuantizedWeight
 from quamba.kernels.reference import linear as reference
 from quamba.kernels.reference.quantize import quantize_or_cast
+from quamba.kernels.triton.codes import row_units
 from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.gemm import Operand, Product, Target, finish, fits, multiply, product_key
-from quamba.kernels.triton.gemm_wide import multiply_wide, wide_fits
+from quamba.kernels.triton.gemm_wide import WIDE_ROWS, WIDE_TILES, multiply_wide, wide_fits, wide_tiles
 from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.planes import level_words
-from quamba.kernels.triton.unpack import unpack
+from quamba.kernels.triton.recurrence import PROCESSORS
+from quamba.kernels.triton.unpack import has_whole_rows, unpack, unpack_whole
 from quamba.kernels.triton.words import (
     HIGH_NIBBLES,
     dot4,
@@ -39,6 +41,10 @@ HALF_ROWS = 256
 #: Rows of int8 up to which packed weights are taken apart by every tile that needs them; else once, before.
 #: Those with scales of groups always are: int8 with such scales would take as long.
 PACKED_ROWS = 1024
+#: Unless the scales of a row are multiples of one number: then it is int8 with a scale a row. From timings on
+#: an H200 (docs/notes/gpu-kernels.md); sooner where tiles are so few that each waits for itself.
+WHOLE_ROWS = 768
+WHOLE_TILES = 2 * PROCESSORS
 #: Weights of one product that are unpacked at a time.
 _MOST_UNPACKED = 1 << 25
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -129,14 +135,25 @@ def _multiply_codes(rows: Tensor, weight: QuantizedWeight, target: Target) -> No
         _int_words[(triton.cdiv(weight.shape[0], launch.rows),)](
             **_word_arguments(rows, operand, target, launch), BITS=bits, TWO_LEVEL=operand.levels is not None
         )
+    elif _is_whole(rows, weight):
+        unit = row_units(weight)
+        for start, stop in _slabs(weight):
+            codes = unpack_whole(weight, unit, start, stop)
+            _multiply_tiles(rows, Operand(codes, 8, row_scale=unit[start:stop]), target.columns(start, stop))
     elif bits == 8 or (fits(operand, False) and (tokens <= PACKED_ROWS or operand.group_scale is not None)):
         _multiply_tiles(rows, operand, target)
     else:
         for start, stop in _slabs(weight):
-            codes = unpack(weight, torch.int8, start, stop)
             part = operand.rows(start, stop)
-            part = Operand(codes, 8, part.group_scale, None, part.row_scale)
+            part = Operand(unpack(weight, torch.int8, start, stop), 8, part.group_scale, None, part.row_scale)
             _multiply_tiles(rows, part, target.columns(start, stop))
+
+
+def _is_whole(rows: Tensor, weight: QuantizedWeight) -> bool:
+    """Whether a product is one of integers of whole rows, unpacked for it."""
+    tiles = wide_tiles(rows.shape[0], weight.shape[0])
+    enough = rows.shape[0] >= WHOLE_ROWS or tiles <= WHOLE_TILES
+    return enough and tiles >= WIDE_TILES and rows.shape[0] >= WIDE_ROWS and has_whole_rows(weight)
 
 
 def _multiply_tiles(rows: Tensor, operand: Operand, target: Target) -> None:

@@ -8,10 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from quamba.formats.weight import QuantizedWeight
-from quamba.kernels.triton.words import round_code
+from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
+from quamba.kernels.triton.words import NATIVE, round_code
 
-#: Rows and bytes of a row that a program writes out.
-_ROWS, _BYTES = 8, 256
+#: Rows and bytes of a row that a program writes out; of integers of whole rows words of eight codes.
+_ROWS, _BYTES, _WORDS = 8, 256, 128
+#: The bytes of $2 and $3 in turn: the low nibbles of a word were the even codes.
+_IN_TURN = tl.constexpr("prmt.b32 $0, $2, $3, 0x5140; prmt.b32 $1, $2, $3, 0x7362;")
 
 
 def unpack(weight: QuantizedWeight, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
@@ -51,6 +54,85 @@ def unpack(weight: QuantizedWeight, dtype: torch.dtype, start: int = 0, stop: in
 
 def _rows(scale: Tensor | None, start: int, stop: int) -> Tensor | None:
     return scale if scale is None or scale.shape[0] == 1 else scale[start:stop]
+
+
+def unpack_whole(weight: QuantizedWeight, unit: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """Rows of a weight whose format has ``multiples``, as integers of one scale a row.
+
+    weight   (N, K), ``has_whole_rows``
+    unit     float32 (N, 1), ``weight.row_unit()``
+    returns  int8 (stop - start, K): codes times scale / unit, exactly
+    """
+    rows, inputs = weight.shape
+    stop = rows if stop is None else stop
+    data, scale = weight.data[start:stop], weight.scale[start:stop]
+    out = torch.empty(stop - start, inputs, dtype=torch.int8, device=data.device)
+    if out.numel() == 0:
+        return out
+    words, groups = inputs // 8, scale.shape[1]
+    of_group = words // groups
+    together = min(max(1, _WORDS // of_group), triton.next_power_of_2(groups))
+    _unpack_whole[(triton.cdiv(groups, together), triton.cdiv(stop - start, _ROWS))](
+        data, scale, unit[start:stop], out, stop - start,
+        WORDS=words, GROUPS=groups, OF_GROUP=of_group, ROWS=_ROWS, TOGETHER=together,
+        num_warps=4, **dependent_launch(data.device),
+    )  # fmt: skip
+    return out
+
+
+def has_whole_rows(weight: QuantizedWeight) -> bool:
+    """Whether ``unpack_whole`` takes the weight: multiples, and groups of 8, 16, 32, ... codes."""
+    if weight.format.multiples is None:
+        return False
+    width = weight.shape[1] // weight.scale.shape[1]
+    return width >= 8 and width & (width - 1) == 0
+
+
+@triton.jit
+def _unpack_whole(
+    data, scale, unit, out, rows,
+    WORDS: tl.constexpr, GROUPS: tl.constexpr, OF_GROUP: tl.constexpr, ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Program (groups of rows, rows).
+
+    A code plus 8, times a multiple m, is at most 240: four of them are multiplied in one word, and 128 - 8 m
+    for each makes them codes times m plus 128. Codes are read, but not written out, while the kernel before
+    this one runs: that one may read what was in their place.
+    """
+    let_next_start(EARLY)
+    first_row = tl.program_id(1).to(tl.int64) * ROWS
+    row, group = tl.arange(0, ROWS), tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
+    word = group[:, None] * OF_GROUP + tl.arange(0, OF_GROUP)[None, :]
+    in_groups = (row < rows - first_row)[:, None] & (group < GROUPS)[None, :]
+    inside = in_groups[:, :, None] & (word < WORDS)[None, :, :]
+    at = row[:, None, None] * WORDS + word[None, :, :]
+    codes = tl.load(
+        data.to(tl.pointer_type(tl.int32), bitcast=True) + first_row * WORDS + at, mask=inside, other=0
+    )
+    codes ^= -0x77777778  # 0x88888888: each nibble plus 8
+    wait_for_inputs(EARLY)
+    step = tl.load(unit + first_row + row, mask=row < rows - first_row, other=1.0)
+    scales = tl.load(
+        scale + first_row * GROUPS + (row[:, None] * GROUPS + group[None, :]), mask=in_groups, other=0.0
+    )
+    m = (scales.to(tl.float32) / step[:, None] + 0.5).to(tl.int32)[:, :, None]
+    up = (128 - 8 * m) * 0x01010101
+    even = ((codes & 0x0F0F0F0F) * m + up) ^ -0x7F7F7F80  # 0x80808080: minus 128
+    odd = (((codes >> 4) & 0x0F0F0F0F) * m + up) ^ -0x7F7F7F80
+    if NATIVE:
+        first, second = tl.inline_asm_elementwise(
+            _IN_TURN, "=&r,=&r,r,r", [even, odd], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    else:
+        first = (even & 0xFF) | ((odd & 0xFF) << 8) | ((even & 0xFF00) << 8) | ((odd & 0xFF00) << 16)
+        even, odd = even >> 16, odd >> 16
+        second = (even & 0xFF) | ((odd & 0xFF) << 8) | ((even & 0xFF00) << 8) | ((odd & 0xFF00) << 16)
+    word = 2 * group[:, None] * OF_GROUP + tl.arange(0, 2 * OF_GROUP)[None, :]
+    inside = in_groups[:, :, None] & (word < 2 * WORDS)[None, :, :]
+    at = row[:, None, None] * (2 * WORDS) + word[None, :, :]
+    to = out.to(tl.pointer_type(tl.int32), bitcast=True) + 2 * first_row * WORDS + at
+    tl.store(to, tl.interleave(first, second), mask=inside)
 
 
 @triton.jit
