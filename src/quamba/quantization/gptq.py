@@ -412,7 +412,7 @@ def _refit_parts(a: Tensor, b: Tensor, scale: Tensor, format: WeightFormat) -> T
 
 
 def _refit_multiples(a: Tensor, b: Tensor, scale: Tensor, format: WeightFormat) -> Tensor:
-    """Coordinate descent on the multiples of a row's number: each is set to the best one, given all others."""
+    """Coordinate descent on the multiples of a row's number: each is set to the best, given all others."""
     unit = row_unit(scale, format)
     start = scale.double()
     change = torch.zeros_like(start)

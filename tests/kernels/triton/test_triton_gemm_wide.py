@@ -170,4 +170,6 @@ def test_launches_are_whole(bits: int, tokens: int, features: int) -> None:
 def test_the_doctor_checks_wide_products() -> None:
     sizes = {case.name: case.make(Draw(0))[0][:2] for case in all_cases("cuda") if "257x" in case.name}
     found = [wide_fits(x.codes, operand_of(weight)) for x, weight in sizes.values()]
-    assert found == [True, True]
+    assert found == [True, True, True]
+    # Of int8, of groups, and of integers of whole rows.
+    assert [linears._is_whole(x.codes, weight) for x, weight in sizes.values()] == [False, False, True]
