@@ -38,7 +38,6 @@ from quamba.quantization.rtn import (
 )
 
 _REFIT_ROWS = 4096
-_MULTIPLE_SWEEPS = 2
 # Tokens whose products of codes, at most 2^14 each, int32 can sum.
 _EXACT_TOKENS = 1 << 16
 
@@ -393,8 +392,6 @@ def _refit_scale(
         normal.append(torch.stack(projected, dim=1).double())
         slope.append(((residual @ damped).view_as(grouped) * grouped).sum(-1).double())
     a, b = torch.cat(normal), torch.cat(slope)
-    if format.multiples is not None:
-        return _refit_multiples(a, b, scale, format)
     if format.granularity == "split":
         return _refit_parts(a, b, scale, format)
     if format.granularity == "tensor":
@@ -411,26 +408,18 @@ def _refit_parts(a: Tensor, b: Tensor, scale: Tensor, format: WeightFormat) -> T
     return fitted.repeat_interleave(torch.tensor(parts, device=fitted.device), dim=0)
 
 
-def _refit_multiples(a: Tensor, b: Tensor, scale: Tensor, format: WeightFormat) -> Tensor:
-    """Coordinate descent on the multiples of a row's number: each is set to the best, given all others."""
-    unit = row_unit(scale, format)
-    start = scale.double()
-    change = torch.zeros_like(start)
-    for group in list(range(scale.shape[1])) * _MULTIPLE_SWEEPS:
-        own = a[:, group, group]
-        best = change[:, group] + (b[:, group] - (a[:, group] * change).sum(-1)) / own
-        fitted = store_multiples((start[:, group] + best)[:, None] / unit, unit, format)[:, 0].double()
-        change[:, group] = torch.where(own > 0, fitted - start[:, group], change[:, group])
-    return (start + change).to(scale.dtype)
-
-
 def _accept_scale(a: Tensor, b: Tensor, scale: Tensor, format: WeightFormat) -> Tensor:
     """Solve ``A d = b`` and keep ``scale + d`` in the rows where it is positive and a gain."""
     empty = torch.diagonal(a, dim1=-2, dim2=-1) <= 0  # a group whose codes are all 0 has no equation
     change = torch.linalg.solve_ex(a + torch.diag_embed(empty.double()), b[..., None])[0][..., 0]
     fitted = scale.double() + change
     usable = (fitted.isfinite() & (fitted > 0)).all(-1, keepdim=True)
-    fitted = store_scale(torch.where(usable, fitted, scale.double()), format)
+    fitted = torch.where(usable, fitted, scale.double())
+    if format.multiples is None:
+        fitted = store_scale(fitted, format)
+    else:  # the nearest multiples of the row's number
+        unit = row_unit(scale, format)
+        fitted = store_multiples(fitted / unit, unit, format)
     d = fitted.double() - scale.double()
     gain = 2 * (d * b).sum(-1) - (d * (a @ d[..., None])[..., 0]).sum(-1)
     return torch.where((gain > 0)[:, None], fitted, scale)
