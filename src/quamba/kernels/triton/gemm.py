@@ -21,7 +21,7 @@ from quamba.kernels.triton.dependency import dependent_launch, let_next_start, w
 from quamba.kernels.triton.launches import launch_choice, row_bucket
 from quamba.kernels.triton.planes import weight_planes, x_planes
 from quamba.kernels.triton.recurrence import PROCESSORS
-from quamba.kernels.triton.words import NATIVE, round_code
+from quamba.kernels.triton.words import round_code
 
 #: Added to an integer of up to 2^22 as an integer, the bits of the float32 12582912 + integer.
 _FLOAT_BITS = tl.constexpr(0x4B400000)
@@ -327,44 +327,46 @@ def in_planes(rows: Tensor, step: int | None = None) -> Tensor:
 
 @triton.jit
 def finish(
-    y, n, valid, x_scale, bias, out_scale, CHANNEL_OUT_SCALE: tl.constexpr, FACTOR: tl.constexpr = 1.0
+    sums, n, valid, row_scale, x_scale, bias, out_scale, ONE_ROW_SCALE: tl.constexpr,
+    CHANNEL_OUT_SCALE: tl.constexpr, FACTOR: tl.constexpr = 1.0,
 ):  # fmt: skip
-    """Scale of x, bias, and codes where the output has a scale. y as n broadcast, its features; FACTOR, a
-    power of two, is still missing in it."""
-    if x_scale is not None:
-        y = y * (tl.load(x_scale) * FACTOR)
-    elif FACTOR != 1.0:
-        y = y * FACTOR
-    if bias is not None:
-        y = y + tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)
-    if out_scale is not None:
-        if CHANNEL_OUT_SCALE:
-            y = _quotient(y, tl.load(out_scale + n, mask=valid, other=1.0))
-        else:
-            y = _quotient(y, tl.load(out_scale))
+    """float32 sums * row_scale * x_scale + bias, or where the output has a scale its codes.
+
+    sums       as n broadcast, its features
+    row_scale  (features,), one, or None
+    FACTOR     a power of two that is still missing in the sums
+
+    Codes have all scales in one factor a feature, and are off where that crosses a tie; with scales that are
+    powers of two they are exact.
+    """
+    y = sums.to(tl.float32)
+    if out_scale is None:
+        if row_scale is not None:
+            y = y * _of_row(row_scale, n, valid, ONE_ROW_SCALE)
+        if x_scale is not None:
+            y = y * (tl.load(x_scale) * FACTOR)
+        elif FACTOR != 1.0:
+            y = y * FACTOR
+        if bias is not None:
+            y = y + tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)
+    else:
+        inverse = tl.div_rn(1.0, _of_row(out_scale, n, valid, not CHANNEL_OUT_SCALE))
+        factor = inverse * FACTOR
+        if x_scale is not None:
+            factor *= tl.load(x_scale)
+        if row_scale is not None:
+            factor *= _of_row(row_scale, n, valid, ONE_ROW_SCALE)
+        y = y * factor
+        if bias is not None:
+            y = y + tl.load(bias + n, mask=valid, other=0.0).to(tl.float32) * inverse
         y = round_code(y)  # one return: the compiler reads what follows a return, too
     return y
 
 
 @triton.jit
-def _quotient(y, scale):
-    """y / scale, correctly rounded: one division a scale, and an estimate and its remainder for each y."""
-    if NATIVE:
-        inverse = tl.div_rn(1.0, scale)
-        estimate = y * inverse
-        result = tl.fma(tl.fma(-estimate, scale, y), inverse, estimate)
-    else:
-        result = tl.div_rn(y, scale)
-    return result
-
-
-@triton.jit
-def row_scaled(y, n, valid, row_scale, ONE_ROW_SCALE: tl.constexpr):
-    """float32 y times the scale of its row."""
-    y = y.to(tl.float32)
-    if row_scale is not None:
-        y = y * tl.load(row_scale + (n * 0 if ONE_ROW_SCALE else n), mask=valid, other=0.0).to(tl.float32)
-    return y
+def _of_row(scale, n, valid, ONE: tl.constexpr):
+    """float32 scales of features n; the only one where there is ONE."""
+    return tl.load(scale + (n * 0 if ONE else n), mask=valid, other=1.0).to(tl.float32)
 
 
 @triton.jit
@@ -471,10 +473,10 @@ def _tiles(
             total = _summed(a, b, total, FLOAT)
     out += tl.program_id(1).to(tl.int64) * tokens * features + (m0.to(tl.int64) * out_stride + n0)
     if not SPLIT:
-        y = row_scaled(total, (n0 + n)[:, None], in_n[:, None], row_scale, ONE_ROW_SCALE)
         total = finish(
-            y, (n0 + n)[:, None], in_n[:, None], x_scale, bias, out_scale, CHANNEL_OUT_SCALE, FACTOR
-        )
+            total, (n0 + n)[:, None], in_n[:, None], row_scale, x_scale, bias, out_scale,
+            ONE_ROW_SCALE, CHANNEL_OUT_SCALE, FACTOR,
+        )  # fmt: skip
     total = tl.trans(total.to(out.dtype.element_ty))
     tl.store(out + (m[:, None] * out_stride + n[None, :]), total, mask=in_m[:, None] & in_n[None, :])
 
@@ -532,9 +534,10 @@ def _slices(
             total += _as_float(_summed(a, b, sums, FLOAT)) * scale.to(tl.float32)[:, :, None]
         else:
             total = _summed(a, b, total, FLOAT)
-    y = tl.sum(total, axis=0)
-    y = row_scaled(y, (n0 + n)[:, None], in_n[:, None], row_scale, ONE_ROW_SCALE)
-    y = finish(y, (n0 + n)[:, None], in_n[:, None], x_scale, bias, out_scale, CHANNEL_OUT_SCALE, FACTOR)
+    y = finish(
+        tl.sum(total, axis=0), (n0 + n)[:, None], in_n[:, None], row_scale, x_scale, bias, out_scale,
+        ONE_ROW_SCALE, CHANNEL_OUT_SCALE, FACTOR,
+    )  # fmt: skip
     y = tl.trans(y.to(out.dtype.element_ty))
     out += m0.to(tl.int64) * out_stride + n0
     tl.store(out + (m[:, None] * out_stride + n[None, :]), y, mask=in_m[:, None] & in_n[None, :])
@@ -556,8 +559,7 @@ def _add_splits(
     total = tl.load(at, mask=valid, other=0)
     for s in tl.static_range(1, SPLITS):
         total += tl.load(at + (m * 0 + tokens) * features * s, mask=valid, other=0)
-    y = row_scaled(total, n, valid, row_scale, ONE_ROW_SCALE)
-    y = finish(y, n, valid, x_scale, bias, out_scale, CHANNEL_OUT_SCALE, FACTOR)
+    y = finish(total, n, valid, row_scale, x_scale, bias, out_scale, ONE_ROW_SCALE, CHANNEL_OUT_SCALE, FACTOR)
     tl.store(out + m * out_stride + n, y.to(out.dtype.element_ty), mask=valid)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
-from quamba.kernels.triton.gemm import Operand, Product, Target, finish, in_planes, product_key, row_scaled
+from quamba.kernels.triton.gemm import Operand, Product, Target, finish, in_planes, product_key
 from quamba.kernels.triton.launches import launch_choice
 from quamba.kernels.triton.planes import weight_planes
 from quamba.kernels.triton.recurrence import PROCESSORS
@@ -82,9 +82,9 @@ def wide_launch(product: Product) -> WideLaunch:
             return WideLaunch(128, 128, 64, warps=8, stages=4, registers=128)
         return WideLaunch(64, 128, 64)
     tiles = triton.cdiv(features, 128) * triton.cdiv(tokens, 128)
-    if tiles < PROCESSORS:
+    if tiles < PROCESSORS or inputs <= 1024:  # where sums are short, many small tiles hide how they end
         return WideLaunch(64, 128, 128, stages=4)
-    if inputs <= 512 or (inputs <= 4096 and tiles < 7 * PROCESSORS):
+    if inputs <= 4096 and tiles < 7 * PROCESSORS:
         return WideLaunch(128, 128, 128, inputs=64, stages=4)
     return WideLaunch(128, 128, 128, warps=8)
 
@@ -197,8 +197,10 @@ def _wide(
         totals = added
     for p in tl.static_range(PARTS):
         row = m0 + p * PART + m
-        y = row_scaled(totals[p], n[:, None], in_n[:, None], row_scale, ONE_ROW_SCALE)
-        y = finish(y, n[:, None], in_n[:, None], x_scale, bias, out_scale, CHANNEL_OUT_SCALE, FACTOR)
+        y = finish(
+            totals[p], n[:, None], in_n[:, None], row_scale, x_scale, bias, out_scale,
+            ONE_ROW_SCALE, CHANNEL_OUT_SCALE, FACTOR,
+        )  # fmt: skip
         y = tl.trans(y.to(out.dtype.element_ty))
         at = out + row.to(tl.int64)[:, None] * out_stride + n[None, :]
         tl.store(at, y, mask=(row < tokens)[:, None] & in_n[None, :])

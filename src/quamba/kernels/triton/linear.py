@@ -269,6 +269,7 @@ def _int_words(
     KW: tl.constexpr = INPUTS * BITS // 32
     PER: tl.constexpr = 128 * BITS // 32  # words of a group
     GROUPED: tl.constexpr = GROUPS > 1 and not TWO_LEVEL
+    FACTOR: tl.constexpr = 0.0625 if BITS == 4 and not TWO_LEVEL else 1.0
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     valid = n < features
     words = w.to(tl.pointer_type(tl.int32), bitcast=True) + n[:, None] * KW
@@ -307,15 +308,10 @@ def _int_words(
                 grouped += sums.to(tl.float32) * scales
             else:
                 whole += part
-        if GROUPED:
-            y = tl.sum(grouped, axis=1)
-        else:
-            row = n * 0 if ONE_ROW_SCALE else n
-            y = tl.sum(whole, axis=1).to(tl.float32) * tl.load(scale + row, mask=valid, other=0.0).to(
-                tl.float32
-            )
-        y = y * 0.0625 if BITS == 4 and not TWO_LEVEL else y
-        code = finish(y, n, valid, x_scale, bias, out_scale, CHANNEL_OUT_SCALE)
+        code = finish(
+            tl.sum(grouped if GROUPED else whole, axis=1), n, valid, None if GROUPED else scale, x_scale,
+            bias, out_scale, ONE_ROW_SCALE, CHANNEL_OUT_SCALE, FACTOR,
+        )  # fmt: skip
         tl.store(out + m * features + n, code, mask=valid)
 
 
@@ -356,9 +352,8 @@ def _half_words(
                 total += sums * _group_scales(scale, n, valid, first, WORDS, 16, GROUPS, ONE_ROW_SCALE)
             else:
                 total += part
-        y = tl.sum(total, axis=1)
-        if GROUPS == 1:
-            row = n * 0 if ONE_ROW_SCALE else n
-            y = y * tl.load(scale + row, mask=valid, other=0.0).to(tl.float32)
-        code = finish(y, n, valid, x_scale, bias, out_scale, CHANNEL_OUT_SCALE)
+        code = finish(
+            tl.sum(total, axis=1), n, valid, None if GROUPS > 1 else scale, x_scale, bias, out_scale,
+            ONE_ROW_SCALE, CHANNEL_OUT_SCALE,
+        )  # fmt: skip
         tl.store(out + m * features + n, code, mask=valid)
