@@ -226,7 +226,7 @@ def test_a_row_with_multiples_is_integers_of_one_scale():
     assert found.dtype == torch.float32 and found.shape == (5, 1)
     assert found.flatten().tolist() == units
     integers = apply_scale(weight.codes(), weight.scale.float() / found, torch.float32)
-    assert torch.equal(integers, integers.round()) and -128 <= integers.min() and integers.max() <= 127
+    assert torch.equal(integers, integers.round()) and integers.min() >= -128 and integers.max() <= 127
     for dtype in (torch.float64, torch.float32):
         assert torch.equal(weight.dequantize(dtype), integers.to(dtype) * found.to(dtype))
 
@@ -240,7 +240,7 @@ def test_the_unit_of_a_row_is_its_largest():
 def test_scales_that_are_no_multiples_are_named(bad):
     weight = multiples([2.0**-9, 2.0**-9], [[16, 2, 3], [16, 15, 3]])
     weight.scale[1, 1] = bad
-    with pytest.raises(QuambaError, match="scales of row 1 .* are not 1 to 16 times one number"):
+    with pytest.raises(QuambaError, match=r"scales of row 1 .* are not 1 to 16 times one number"):
         weight.row_unit()
 
 

@@ -266,7 +266,7 @@ def test_multiples_stay_multiples(config):
     weight, hessian = layer()
     found, losses = solve(weight, hessian, MULTIPLES, config)
     times = found.scale.float() / found.row_unit()
-    assert torch.equal(times, times.round()) and 1 <= times.min() and times.max() <= 16
+    assert torch.equal(times, times.round()) and times.min() >= 1 and times.max() <= 16
     _, free = solve(weight, hessian, WeightFormat(4, "group", 16), config)
     assert losses.gptq < losses.rtn
     assert losses.gptq < 1.2 * free.gptq

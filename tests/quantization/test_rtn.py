@@ -227,7 +227,7 @@ def test_multiples_of_a_number_of_the_row():
         errors[name] = (found.dequantize() - weight).square().sum(1)
         if format is MULTIPLES:
             times = scale.float() / found.row_unit()
-            assert torch.equal(times, times.round()) and 1 <= times.min() and times.max() <= 16
+            assert torch.equal(times, times.round()) and times.min() >= 1 and times.max() <= 16
     far = (weight - round_to_nearest(weight, MULTIPLES, scale=widest).dequantize()).abs()
     assert (far <= 0.5 * widest.float().repeat_interleave(16, 1) * (1 + 1e-6)).all()
     assert (errors["best"] <= errors["widest"]).all()
