@@ -82,9 +82,9 @@ def wide_launch(product: Product) -> WideLaunch:
             return WideLaunch(128, 128, 64, warps=8, stages=4, registers=128)
         return WideLaunch(64, 128, 64)
     tiles = triton.cdiv(features, 128) * triton.cdiv(tokens, 128)
-    if tiles < PROCESSORS or inputs <= 1024:  # where sums are short, many small tiles hide how they end
+    if tiles < PROCESSORS or inputs < 1024:  # where sums are short, many small tiles hide how they end
         return WideLaunch(64, 128, 128, stages=4)
-    if inputs <= 4096 and tiles < 7 * PROCESSORS:
+    if features > inputs and 2 * PROCESSORS < tiles <= 3 * PROCESSORS:  # all at once, if three fit
         return WideLaunch(128, 128, 128, inputs=64, stages=4)
     return WideLaunch(128, 128, 128, warps=8)
 
