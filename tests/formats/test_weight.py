@@ -247,10 +247,6 @@ def test_scales_that_are_no_multiples_are_named(bad):
 def test_multiples_of_a_format():
     assert WeightFormat.from_dict(MULTIPLES.to_dict()) == MULTIPLES
     assert MULTIPLES.one_level == MULTIPLES
-    assert MULTIPLES.for_float_inputs == WeightFormat(4, "group", 16)
-    assert TWO_LEVEL.for_float_inputs == WeightFormat(4, "group", 16)
-    for format in FORMATS:
-        assert format.for_float_inputs == format
     assert "multiples to 16" in repr(multiples([1.0], [[3]]))
     # With the least code they reach the least int8.
     assert MOST_MULTIPLES * MULTIPLES.qmin == -128

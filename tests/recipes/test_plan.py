@@ -58,7 +58,6 @@ def test_dt_proj_has_its_own_width() -> None:
 
 
 SPLIT, TWO_LEVEL = WeightFormat(8, "split"), WeightFormat(4, "two_level", 16)
-MULTIPLES = WeightFormat(4, "group", 16, multiples=16)
 TENSOR, GROUP = WeightFormat(8, "tensor"), WeightFormat(4, "group", 16)
 
 
@@ -86,12 +85,11 @@ def test_split_keeps_the_bits_of_its_scales() -> None:
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 @pytest.mark.parametrize("activations", ["int8", "float"])
-@pytest.mark.parametrize("format", [TWO_LEVEL, MULTIPLES], ids=["two-level", "multiples"])
-def test_what_is_for_products_of_integers(family: str, activations: str, format: WeightFormat) -> None:
+def test_two_levels_are_for_products_of_integers(family: str, activations: str) -> None:
     precision = Precision(weights="int4", activations=activations)
-    recipe = Recipe(name="x", blocks=precision, head=precision, int4=format, dt_proj="int4")
+    recipe = Recipe(name="x", blocks=precision, head=precision, int4=TWO_LEVEL, dt_proj="int4")
     plan = resolve(recipe, tiny_config(family, dt_rank=4) if family == "mamba" else tiny_config(family))
-    expected = format if activations == "int8" else GROUP
+    expected = TWO_LEVEL if activations == "int8" else GROUP
     assert set(plan.blocks[0].weights.values()) == {expected}
     assert plan.head == expected
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from search_fixtures import LABELS, LAYERS, Banks, Tiny, base_recipe
@@ -38,11 +39,15 @@ def banks(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory)
     made: dict[object, BlockBank] = {}
 
     def of(
-        family: str, name: str = "w4a8", labels: tuple[str, ...] = LABELS, state: str = "fp16"
+        family: str,
+        name: str = "w4a8",
+        labels: tuple[str, ...] = LABELS,
+        state: str = "fp16",
+        **changes: Any,
     ) -> BlockBank:
-        key = (family, name, labels, state)
+        key = (family, name, labels, state, *changes)
         if key not in made:
-            model, base = tiny(family), base_recipe(name, state)
+            model, base = tiny(family), base_recipe(name, state).replace(**changes)
             plan = plan_bank(base, labels, model.network.config)
             folders = bank_folders(root / family, plan, "tiny")
             fill_bank(

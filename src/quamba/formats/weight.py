@@ -131,11 +131,6 @@ class WeightFormat:
         return dataclasses.replace(self, granularity="group") if self.granularity == "two_level" else self
 
     @property
-    def for_float_inputs(self) -> WeightFormat:
-        """The format where no product is of integers, and only the scales of groups count."""
-        return dataclasses.replace(self.one_level, multiples=None)
-
-    @property
     def smallest_scale(self) -> float:
         """The floor that keeps scales positive: 2^-24 (the least float16) or the least normal float32."""
         return 2.0**-24 if self.scale_dtype == torch.float16 else torch.finfo(torch.float32).tiny

@@ -182,12 +182,12 @@ def _weight_format(
 
 
 def _placed(format: WeightFormat, leaf: str, config: ModelConfig, int8_activations: bool) -> WeightFormat:
-    """What a format means at one leaf: "split" falls back to "tensor" where the output has no parts, and what
-    is for products of integers to plain groups where there is none."""
+    """What "split" and "two_level" mean at one leaf: they fall back to "tensor" and "group" where the output
+    has no parts, and where there is no product of integers."""
     if format.granularity == "split":
         parts = output_parts(config, leaf)
         return dataclasses.replace(format, granularity="tensor" if parts is None else "split", parts=parts)
-    return format if int8_activations else format.for_float_inputs
+    return format if int8_activations else format.one_level
 
 
 def _fitting(format: WeightFormat, name: str, in_features: int) -> WeightFormat:
