@@ -266,13 +266,36 @@ struct Weights {
     std::vector<char> data, scale;
     Floats channel_scale;
     Doubles real;
+    Floats row_unit;
     const void *scales() const { return scale.empty() ? nullptr : scale.data(); }
 };
+
+/// As "int4 group", with scales that are 1 to 16 times a power of two of their row.
+Weights of_multiples(int64_t outputs, int64_t columns, int64_t groups) {
+    Weights w = {outputs, columns, groups, outputs, 4, QB_F16, {}, {}, {}, {}, {}};
+    w.scale.resize(static_cast<size_t>(outputs * groups * 2));
+    w.data.assign(static_cast<size_t>(outputs * columns / 2), 0);
+    for (int64_t o = 0; o < outputs; ++o) {
+        w.row_unit.push_back(0.125f * static_cast<float>(whole(1, 2)));
+        Doubles scales;
+        for (int64_t g = 0; g < groups; ++g) {
+            scales.push_back(whole(1, 16) * static_cast<double>(w.row_unit.back()));
+            put(QB_F16, &w.scale[static_cast<size_t>(2 * (o * groups + g))], scales.back());
+        }
+        for (int64_t k = 0; k < columns; ++k) {
+            const int code = whole(-8, 7);
+            const int64_t i = o * columns + k;
+            w.data[static_cast<size_t>(i / 2)] |= static_cast<char>((code & 15) << 4 * (i % 2));
+            w.real.push_back(code * scales[static_cast<size_t>(k / (columns / groups))]);
+        }
+    }
+    return w;
+}
 
 /// Scales are powers of two, or with two levels numbers of few digits. reach: of codes of 8 bits.
 Weights quantized(int bits, int64_t outputs, int64_t columns, int64_t groups, bool by_row, bool two_levels,
                   int scale_dtype, int reach) {
-    Weights w = {outputs, columns, groups, by_row ? outputs : 1, bits, scale_dtype, {}, {}, {}, {}};
+    Weights w = {outputs, columns, groups, by_row ? outputs : 1, bits, scale_dtype, {}, {}, {}, {}, {}};
     w.scale.resize(static_cast<size_t>(w.scale_rows * groups * bytes_of(scale_dtype)));
     for (int64_t i = 0; i < w.scale_rows * groups; ++i)
         put(scale_dtype, &w.scale[static_cast<size_t>(i * bytes_of(scale_dtype))],
@@ -297,7 +320,7 @@ Weights quantized(int bits, int64_t outputs, int64_t columns, int64_t groups, bo
 }
 
 Weights of_floats(int dtype, int64_t outputs, int64_t columns) {
-    Weights w = {outputs, columns, 1, 1, static_cast<int>(8 * bytes_of(dtype)), dtype, {}, {}, {}, {}};
+    Weights w = {outputs, columns, 1, 1, static_cast<int>(8 * bytes_of(dtype)), dtype, {}, {}, {}, {}, {}};
     w.data.resize(static_cast<size_t>(outputs * columns * bytes_of(dtype)));
     for (int64_t i = 0; i < outputs * columns; ++i) {
         w.real.push_back(whole(-128, 127) / 32.0);
@@ -327,6 +350,7 @@ void check_product(const std::string &name, const Weights &w, int x_dtype, int y
     const QbTensor of_x = {x.bytes.data(), nullptr, 0, x.stride, x_dtype, 0};
     run(QB_LINEAR, QbLinear{of_x, y.tensor(), rows, w.columns, w.outputs, w.groups, w.scale_rows, w.data.data(),
                             w.scales(), w.channel_scale.empty() ? nullptr : w.channel_scale.data(),
+                            w.row_unit.empty() ? nullptr : w.row_unit.data(),
                             bias.empty() ? nullptr : bias.data(), scaled ? &x_scale : nullptr, w.bits, w.scale_dtype});
     Doubles want, slack;
     for (int64_t t = 0; t < rows; ++t)
@@ -382,6 +406,13 @@ void check_linear() {
                 check_product(
                     f.name, quantized(f.bits, outputs, f.columns, f.groups, f.by_row, f.two_levels, f.scale_dtype, 128),
                     x_dtype, y_dtype, rows, false);
+            }
+    for (int64_t rows : all_rows)
+        for (int64_t outputs : {37, 114})
+            for (int y_dtype : y_dtypes) {
+                check_product("int4 multiples", of_multiples(outputs, 384, 3), QB_I8, y_dtype, rows, true);
+                check_product("int4 multiples", of_multiples(outputs, 152, 1), QB_I8, y_dtype, rows, true);
+                check_product("int4 multiples", of_multiples(outputs, 384, 3), QB_F32, y_dtype, rows, true);
             }
     for (int w_dtype : {QB_F32, QB_BF16, QB_F16})
         for (int x_dtype : {QB_F32, QB_BF16, QB_F16})

@@ -31,12 +31,14 @@ typedef struct {
  * bits 8: w int8 [outputs, columns]; bits 4: two to a byte, the even column in the low half; bits 32 and 16: floats of
  * scale_dtype, x floats too, and no scale.
  * scale: QB_F32 or QB_F16 [outputs or 1, groups]; scale_rows says which. channel_scale: NULL, or two levels.
+ * row_unit [outputs]: NULL, or what the scales of a row of int4 are 1 to 16 times; many rows of integers are then
+ * multiplied by int8, whole rows of w at once. groups is then 1, or groups are multiples of 128 columns.
  * x_scale: NULL where the columns of w contain the scale of integer x, else one value. */
 typedef struct {
     QbTensor x, y;
     int64_t rows, columns, outputs, groups, scale_rows;
     const void *weight, *scale;
-    const float *channel_scale, *bias, *x_scale;
+    const float *channel_scale, *row_unit, *bias, *x_scale;
     int32_t bits, scale_dtype;
 } QbLinear;
 

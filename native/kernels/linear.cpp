@@ -77,6 +77,12 @@ QB_INLINE float scale_at(const QbLinear &p, int64_t output, int64_t g) {
     return p.scale_dtype == QB_F32 ? ((const float *)p.scale)[i] : f16_value(((const uint16_t *)p.scale)[i]);
 }
 
+// What makes integers of the codes of a group: its scale, or its multiple of the row's number.
+QB_INLINE float level_at(const QbLinear &p, int64_t output, int64_t g) {
+    const float scale = scale_at(p, output, g);
+    return p.row_unit ? scale / p.row_unit[output] : scale;
+}
+
 // What the sums of the segments of some outputs are multiplied with, but for the scale of x: out [count][segments].
 QB_INLINE void segment_scales(const QbLinear &p, const Cut &cut, int64_t output, int64_t count, float *out) {
     if (cut.per_group == 1 && cut.groups > 1 && p.scale_rows > 1) {
@@ -311,7 +317,7 @@ QB_INLINE void few_totals(const QbLinear &p, const Cut &cut, const Few &few, int
             const int64_t column = first + b * block;
             if constexpr (way == kLevels) {
                 if (column >= next_level && column < cut.columns) {
-                    table = levels_of(scale_at(p, output, level++));
+                    table = levels_of(level_at(p, output, level++));
                     next_level += level_size;
                 }
             }
@@ -528,7 +534,7 @@ void lay_out_tile(const QbLinear &p, const Cut &cut, int64_t first_output, Tile 
                 const int64_t column = cut.first(s) + b * cut.block;
                 if (way == kLevels && column < cut.columns && column / level_size != filled) {
                     filled = column / level_size;
-                    for (int64_t o = 0; o < count; ++o) tables[o] = levels_of(scale_at(p, output + o, filled));
+                    for (int64_t o = 0; o < count; ++o) tables[o] = levels_of(level_at(p, output + o, filled));
                 }
                 vf rows[vectors][kFloats] = {};
                 const uint8_t *part = (const uint8_t *)p.weight + (bits == 4 ? column / 2 : column);
@@ -765,7 +771,12 @@ void linear(const void *args) {
         float_rows<16>(p);
     else if (p.channel_scale)
         planes ? product<kLevels, 4, true>(p) : product<kLevels, 4, false>(p);
-    else if (p.bits == 4)
+    else if (p.row_unit && !planes && p.rows >= kManyRows) {
+        // The integers of a row have one scale, as those of two levels have: no sum becomes a float before its end.
+        QbLinear whole = p;
+        whole.channel_scale = p.row_unit;
+        many_rows<kLevels, 4, false>(whole);
+    } else if (p.bits == 4)
         planes ? product<kGroups, 4, true>(p) : product<kGroups, 4, false>(p);
     else if (planes)
         product<kGroups, 8, true>(p);

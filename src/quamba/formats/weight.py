@@ -276,8 +276,12 @@ class QuantizedWeight(nn.Module):
         return w8.round_().clamp_(-128, 127).to(torch.int8), self.channel_scale
 
     def row_unit(self) -> Tensor:
-        """``row_unit`` of the scales of a format with ``multiples``."""
-        return row_unit(self.scale, self.format)
+        """``row_unit`` of the scales of a format with ``multiples``, worked out once."""
+        kept: tuple[Tensor, Tensor] | None = vars(self).get("_row_unit")
+        if kept is None or kept[0] is not self.scale:  # moved, or read from a file
+            kept = self.scale, row_unit(self.scale, self.format)
+            object.__setattr__(self, "_row_unit", kept)  # beside the buffers: it is saved nowhere
+        return kept[1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The real values, ``scale * integer`` computed in dtype: [N, K]."""

@@ -9,7 +9,8 @@ from torch import Tensor
 from quamba.formats.activation import Quantized
 from quamba.formats.weight import QuantizedWeight, WeightFormat
 from quamba.kernels.cases import Draw
-from quamba.kernels.cpu.linear import linear
+from quamba.kernels.cpu import abi
+from quamba.kernels.cpu.linear import describe, linear
 from quamba.kernels.reference.linear import linear as reference
 
 FORMATS = {
@@ -18,6 +19,7 @@ FORMATS = {
     "int8-group": WeightFormat(8, "group", 32),
     "int4-channel": WeightFormat(4, "channel"),
     "int4-group": WeightFormat(4, "group", 128),
+    "int4-multiples": WeightFormat(4, "group", 128, multiples=16),
     "int4-small-group": WeightFormat(4, "group", 16),
     "int4-two-level": WeightFormat(4, "two_level", 128),
 }
@@ -44,6 +46,24 @@ def test_sums_of_integers_are_exact(format: WeightFormat, outputs: int, columns:
     for rows in ROWS:
         x = integers(d, rows, columns)
         assert torch.equal(linear(x, weight), reference(x, weight)), f"{rows} rows"
+
+
+@pytest.mark.parametrize("rows", [12, 33])
+def test_rows_of_multiples_are_one_sum(rows: int) -> None:
+    """Many rows of integers, and a number of the row that is no power of two."""
+    d = Draw(rows)
+    format, outputs, columns = FORMATS["int4-multiples"], 49, 384
+    unit, times = d.integers(64, 127, outputs, 1) * 2.0**-18, d.integers(1, 16, outputs, 3)
+    codes = d.integers(-8, 7, outputs, columns).to(torch.int8)
+    weight = QuantizedWeight.from_codes(codes, (unit * times).half(), format)
+    x = Quantized(d.codes(rows, columns), torch.tensor(0.013))
+    integers = codes.int() * times.int().repeat_interleave(128, 1)
+    sums = x.codes.long() @ integers.long().t()
+    assert torch.equal(linear(x, weight), sums.float() * unit.t() * x.scale)
+    for some, whole in ((x, True), (Quantized(x.codes[:11], x.scale), False), (x.codes.float(), False)):
+        count = (some.codes if isinstance(some, Quantized) else some).shape[0]
+        described = describe(some, weight, None, abi.tensor(torch.empty(count, outputs)), False)
+        assert bool(described.row_unit) == whole
 
 
 @pytest.mark.parametrize("columns", [2, 6, 48, 80, 160, 130])

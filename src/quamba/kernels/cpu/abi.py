@@ -47,7 +47,7 @@ class Linear(Op):
     _fields_ = (
         *_tensors("x", "y"),
         *_fields(c_int64, "rows", "columns", "outputs", "groups", "scale_rows"),
-        *_fields(c_void_p, "weight", "scale", "channel_scale", "bias", "x_scale"),
+        *_fields(c_void_p, "weight", "scale", "channel_scale", "row_unit", "bias", "x_scale"),
         *_fields(c_int32, "bits", "scale_dtype"),
     )
 

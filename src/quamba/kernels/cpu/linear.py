@@ -14,6 +14,8 @@ from quamba.kernels.reference.linear import linear as reference
 _BLOCK = 128
 #: Rows of 16-bit floats from which on PyTorch's libraries multiply float weights: they have units for that.
 _MANY_ROWS = 9
+#: Rows of codes from which on the kernels lay weights out in tiles (native/kernels/linear.cpp, kManyRows).
+_MANY_CODES = 12
 
 
 def linear(
@@ -76,6 +78,9 @@ def describe(
         return described
     described.weight, described.scale = weight.data.data_ptr(), weight.scale.data_ptr()
     described.channel_scale = abi.pointer(weight.channel_scale)
+    many = isinstance(x, Quantized) and codes.shape[0] >= _MANY_CODES
+    if many and weight.format.multiples is not None and _whole_blocks(weight):
+        described.row_unit = abi.pointer(weight.row_unit())
     described.scale_rows, described.groups = weight.scale.shape
     described.bits, described.scale_dtype = weight.format.bits, abi.dtype_code(weight.scale.dtype)
     if isinstance(x, Quantized) and not input_scale_folded:
@@ -93,4 +98,9 @@ def _has_kernel(x: Activation, weight: Tensor | QuantizedWeight, out_dtype: torc
     group = weight.shape[1] // weight.scale.shape[1]
     if weight.format.bits == 4 and group % 2:
         return False
-    return weight.channel_scale is None or weight.scale.shape[1] == 1 or group % _BLOCK == 0
+    return weight.channel_scale is None or _whole_blocks(weight)
+
+
+def _whole_blocks(weight: QuantizedWeight) -> bool:
+    """Whether a vector of weights is of one group, or of one after the other."""
+    return weight.scale.shape[1] == 1 or weight.shape[1] // weight.scale.shape[1] % _BLOCK == 0

@@ -16,7 +16,6 @@ from quamba.formats.activation import Activation, Quantized
 from quamba.formats.weight import QuantizedWeight
 from quamba.kernels.reference import linear as reference
 from quamba.kernels.reference.quantize import quantize_or_cast
-from quamba.kernels.triton.codes import row_units
 from quamba.kernels.triton.dependency import dependent_launch, let_next_start, wait_for_inputs
 from quamba.kernels.triton.gemm import Operand, Product, Target, finish, fits, multiply, product_key
 from quamba.kernels.triton.gemm_wide import WIDE_ROWS, WIDE_TILES, multiply_wide, wide_fits, wide_tiles
@@ -136,7 +135,7 @@ def _multiply_codes(rows: Tensor, weight: QuantizedWeight, target: Target) -> No
             **_word_arguments(rows, operand, target, launch), BITS=bits, TWO_LEVEL=operand.levels is not None
         )
     elif _is_whole(rows, weight):
-        unit = row_units(weight)
+        unit = weight.row_unit()
         for start, stop in _slabs(weight):
             codes = unpack_whole(weight, unit, start, stop)
             _multiply_tiles(rows, Operand(codes, 8, row_scale=unit[start:stop]), target.columns(start, stop))
