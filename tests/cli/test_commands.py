@@ -157,7 +157,10 @@ def test_inspect_needs_no_weights(run: Run, small: Path) -> None:
     shown = json.loads(result.stdout)
     assert (shown["recipe"], shown["source"]) == ("w4a8", "mamba2-tiny")
     assert [row["part"] for row in shown["plan"]] == ["embedding", "blocks 0-1", "head"]
-    assert shown["plan"][1]["weights"] == "in_proj, out_proj: int4 group 128; conv1d: int8 channel"
+    assert (
+        shown["plan"][1]["weights"]
+        == "in_proj, out_proj: int4 group 128, whole multiples; conv1d: int8 channel"
+    )
     # The file holds the same tensors and a header.
     assert 0 < size - sum(row["bytes"] for row in shown["plan"]) < 16384
     assert "4 x 4 groups" in run(main, "inspect", "small").stdout

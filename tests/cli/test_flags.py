@@ -11,6 +11,7 @@ from tiny_models import tiny_config
 
 from quamba.cli.flags import QuantizeFlags, read_hybrid_blocks, recipe_from_flags, with_state
 from quamba.errors import QuambaError
+from quamba.formats.weight import WeightFormat
 from quamba.recipes.plan import resolve
 from quamba.recipes.recipe import HeadGroups, Precision, Recipe, Solver, load_recipe
 
@@ -53,7 +54,14 @@ PLAIN = Recipe(name="w8a8", blocks=Precision(weights="int8", activations="int8",
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"w_bits": 4}, {"name": "w4a8", "blocks": Precision(weights="int4", activations="int8")}),
+        (
+            {"w_bits": 4},
+            {
+                "name": "w4a8",
+                "blocks": Precision(weights="int4", activations="int8"),
+                "int4": WeightFormat(4, "group", 128, multiples=16),
+            },
+        ),
         (
             {"w_bits": 4, "a_bits": 16},
             {"name": "w4a16", "blocks": Precision(weights="int4", activations="float")},

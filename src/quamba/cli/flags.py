@@ -267,12 +267,15 @@ def recipe_from_flags(flags: QuantizeFlags, config: ModelConfig) -> tuple[Recipe
     elif groups is not None and all(p.activations == "float" for p in (blocks, *overrides.values())):
         notes.append("--group_heads is ignored: with 16-bit activations there are no scales to group.")
         groups = None
+    precisions = (blocks, *overrides.values(), head)
+    of_integers = any(p.weights == "int4" and p.activations == "int8" for p in precisions)
     recipe = Recipe(
         name=flags.label.lower(),
         blocks=blocks,
         overrides=_grouped(overrides),
         embedding=embedding,
         head=head,
+        int4=load_recipe("w4a8" if of_integers else "w4a16").int4,
         percentile_alpha=flags.percentile_alpha,
         group_heads=groups,
         solver=Solver(kind="gptq" if flags.apply_gptq else "rtn"),

@@ -113,9 +113,7 @@ def _search(groups: Tensor, start: Tensor, importance: Tensor, format: WeightFor
 
     def consider(candidate: Tensor) -> Tensor:
         nonlocal best, best_error
-        step = candidate.to(groups.dtype)[..., None]
-        codes = torch.round(groups / step).clamp_(format.qmin, format.qmax)
-        error = ((groups - step * codes).square_() * importance).sum(-1)
+        codes, error = _rounded(groups, candidate, importance, format)
         better = error < best_error
         best, best_error = torch.where(better, candidate, best), torch.where(better, error, best_error)
         return codes
@@ -137,13 +135,13 @@ def _search_multiples(groups: Tensor, start: Tensor, importance: Tensor, format:
     finest = dataclasses.replace(format, multiples=None)
     widest = _absmax(groups.flatten(1), finest).float().amax(1, keepdim=True)
     best = start
-    best_error = _squared_error(groups, start, importance, format).sum(1, keepdim=True)
+    best_error = _rounded(groups, start, importance, format)[1].sum(1, keepdim=True)
     for fit in range(format.multiples, int(_FEWEST_MULTIPLES * format.multiples) - 1, -1):
         unit = short_unit(widest / fit, format)
         chosen, least = start, torch.full_like(start, torch.inf, dtype=groups.dtype)
         for multiple in range(1, format.multiples + 1):
             scale = store_multiples(torch.full_like(widest, multiple), unit, format).expand_as(start)
-            error = _squared_error(groups, scale, importance, format)
+            error = _rounded(groups, scale, importance, format)[1]
             better = error < least
             chosen, least = torch.where(better, scale, chosen), torch.where(better, error, least)
         error = least.sum(1, keepdim=True)
@@ -152,11 +150,13 @@ def _search_multiples(groups: Tensor, start: Tensor, importance: Tensor, format:
     return best
 
 
-def _squared_error(groups: Tensor, scale: Tensor, importance: Tensor, format: WeightFormat) -> Tensor:
-    """[n, G]: what rounding to the nearest codes costs."""
+def _rounded(
+    groups: Tensor, scale: Tensor, importance: Tensor, format: WeightFormat
+) -> tuple[Tensor, Tensor]:
+    """The nearest codes, as floats [n, G, width], and their squared error [n, G]."""
     step = scale.to(groups.dtype)[..., None]
     codes = torch.round(groups / step).clamp_(format.qmin, format.qmax)
-    return ((groups - step * codes).square_() * importance).sum(-1)
+    return codes, ((groups - step * codes).square_() * importance).sum(-1)
 
 
 def _part_by_part(

@@ -150,9 +150,10 @@ def _multiply_codes(rows: Tensor, weight: QuantizedWeight, target: Target) -> No
 
 def _is_whole(rows: Tensor, weight: QuantizedWeight) -> bool:
     """Whether a product is one of integers of whole rows, unpacked for it."""
+    if rows.shape[0] < WIDE_ROWS or not has_whole_rows(weight):
+        return False
     tiles = wide_tiles(rows.shape[0], weight.shape[0])
-    enough = rows.shape[0] >= WHOLE_ROWS or tiles <= WHOLE_TILES
-    return enough and tiles >= WIDE_TILES and rows.shape[0] >= WIDE_ROWS and has_whole_rows(weight)
+    return tiles >= WIDE_TILES and (rows.shape[0] >= WHOLE_ROWS or tiles <= WHOLE_TILES)
 
 
 def _multiply_tiles(rows: Tensor, operand: Operand, target: Target) -> None:
